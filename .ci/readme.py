@@ -1,0 +1,69 @@
+"""Execute what README.md shows.
+
+readme.py test              runs the block under "## Test"
+readme.py run [URL]         runs the block under "## Run" and replays the transcript against it, or against URL
+"""
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(heading: str, language: str) -> str:
+    """Give the first fenced block of a language under a heading."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[0]
+
+
+def replay(transcript: str, url: str) -> int:
+    """Run each `$ command` and compare what it prints; give the number of those that differ."""
+    failures = 0
+    checker = doctest.OutputChecker()
+    for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", transcript, re.MULTILINE):
+        real = command.replace("curl", "curl -sS", 1).replace("localhost:8000", url.removeprefix("http://"))
+        printed = subprocess.run(["bash", "-c", real], capture_output=True, text=True, check=True).stdout
+        printed = printed.replace("\r", "").rstrip("\n") + "\n"
+        if not checker.check_output(expected.rstrip("\n") + "\n", printed, doctest.ELLIPSIS):
+            failures += 1
+            print(f"$ {command}\nREADME.md:\n{expected}\nreally:\n{printed}")
+    return failures
+
+
+def run() -> int:
+    """Follow "## Run" on a port of the system's choice and an empty SQLite database; replay the transcript."""
+    with tempfile.TemporaryDirectory() as directory, (Path(directory) / "log").open("wb+") as log:
+        database = shlex.quote(f"sqlite:///{directory}/users.db")
+        script = (
+            block("Run", "sh")
+            .rstrip()
+            .replace("\n.venv/bin/uvicorn", f"\nDATABASE_URL={database} exec .venv/bin/uvicorn")
+        )
+        server = subprocess.Popen(["bash", "-ec", f"{script} --port=0"], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            while not (found := re.findall(r"running on (http://\S+)", Path(log.name).read_text())):
+                if server.poll() is not None:
+                    sys.exit(Path(log.name).read_text())
+                time.sleep(0.1)
+            return replay(block("Run", "console"), found[0])
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+match sys.argv[1:]:
+    case ["test"]:
+        sys.exit(subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT).returncode)
+    case ["run"]:
+        sys.exit(run())
+    case ["run", url]:
+        sys.exit(replay(block("Run", "console"), url))
+    case _:
+        sys.exit(__doc__)
