@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -97,19 +97,19 @@ def execute(url: str, statement: str) -> Any:
         return asyncio.run(on_postgres())
     connection = sqlite3.connect(str(make_url(url).database))
     try:
-        return connection.execute(statement).fetchall()
+        with connection:  # which commits
+            return connection.execute(statement).fetchall()
     finally:
         connection.close()
 
 
-def write(url: str, statement: str) -> None:
-    """Run a statement that writes."""
-    if url.startswith("sqlite"):
-        with sqlite3.connect(str(make_url(url).database)) as connection:
-            connection.execute(statement)
-        connection.close()
-    else:
-        execute(url, statement)
+@contextmanager
+def temporary_database(server: str) -> Iterator[str]:
+    """Make an empty database on a PostgreSQL server, and drop it in the end."""
+    name = f"test_{uuid4().hex}"
+    execute(server, f"CREATE DATABASE {name}")
+    yield make_url(server).set(database=name).render_as_string(hide_password=False)
+    execute(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")
@@ -131,16 +131,8 @@ def new_database(
         yield lambda: f"sqlite:///{directory}/{uuid4().hex}.db"
         return
     server = request.getfixturevalue("postgres")
-    names = []
-
-    def create() -> str:
-        names.append(f"test_{uuid4().hex}")
-        execute(server, f"CREATE DATABASE {names[-1]}")
-        return make_url(server).set(database=names[-1]).render_as_string(hide_password=False)
-
-    yield create
-    for name in names:
-        execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+    with ExitStack() as databases:
+        yield lambda: databases.enter_context(temporary_database(server))
 
 
 @pytest.fixture(scope="session")
@@ -447,7 +439,7 @@ def test_read_user_hides_parameters(new_database: Callable[[], str], tmp_path: P
 
 def test_read_user_against_the_rules(client: Client, service: Service, database: str) -> None:
     """A fault of the service's own, here a row that another program wrote, is a problem with a traceback."""
-    write(database, "INSERT INTO users (name, email, password_hash) VALUES ('', '', '')")
+    execute(database, "INSERT INTO users (name, email, password_hash) VALUES ('', '', '')")
     [[user_id]] = execute(database, "SELECT id FROM users")
     assert is_problem(client.get(f"/users/{user_id}"), 500, "The service failed.")
     service.wait_for("ResponseValidationError")
@@ -577,7 +569,7 @@ def test_list_users_links_while_more_follow(client: Client, five: list[dict[str,
 
 def test_list_users_fifty_if_not_told(client: Client, database: str) -> None:
     rows = ", ".join(f"('n', '{n}@example.com', '')" for n in range(51))
-    write(database, f"INSERT INTO users (name, email, password_hash) VALUES {rows}")
+    execute(database, f"INSERT INTO users (name, email, password_hash) VALUES {rows}")
     response = client.get("/users")
     assert len(response.json()) == 50
     assert "limit=50&" in response.headers["Link"]
@@ -796,12 +788,10 @@ class Wire:
 
 @pytest.fixture
 def wire(postgres: str) -> Iterator[Wire]:
-    name = f"test_{uuid4().hex}"
-    execute(postgres, f"CREATE DATABASE {name}")
-    wire = Wire(make_url(postgres).set(database=name).render_as_string(hide_password=False))
-    yield wire
-    wire.cut()
-    execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+    with temporary_database(postgres) as url:
+        wire = Wire(url)
+        yield wire
+        wire.cut()
 
 
 def test_statements(wire: Wire, tmp_path: Path) -> None:
@@ -909,9 +899,8 @@ def test_default_database(tmp_path: Path) -> None:
         assert client.post("/users", json=ADA).json()["id"] == 1
         [database] = tmp_path.rglob("users.db")
         assert execute(f"sqlite:///{database}", "PRAGMA journal_mode") == [("wal",)]
-    assert [path.name for path in database.parent.glob("users.db*")] == [
-        "users.db"
-    ]  # closed, with its log written back
+    # Closed, with its log written back.
+    assert [path.name for path in database.parent.glob("users.db*")] == ["users.db"]
 
 
 def test_database_url_of_sqlite(tmp_path: Path) -> None:
