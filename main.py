@@ -10,9 +10,9 @@ from http import HTTPStatus
 from secrets import compare_digest
 from typing import Annotated, Any, NoReturn
 
+from argon2 import PasswordHasher
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response, exceptions, responses, security
-from pwdlib import PasswordHash
 from pydantic import AfterValidator, StringConstraints, create_model, field_validator
 from sqlalchemy import bindparam, delete, event, exc, insert, make_url, select, update
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -46,8 +46,8 @@ except Exception:  # what it says may hold the password
 
 # --- Models ---------------------------------------------------------------------------
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
-hasher = PasswordHash.recommended()
-hashing = asyncio.Lock()  # one hash at a time: argon2 takes 64 MiB and four threads
+hasher = PasswordHasher(parallelism=1)  # the other cores go on serving
+hashing = asyncio.Lock()  # one hash at a time: each takes 64 MiB
 
 
 class UserBase(SQLModel):

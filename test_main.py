@@ -204,7 +204,7 @@ def test_create_user_stores_email_in_lower_case(client: Client) -> None:
 def test_create_user_keeps_a_hash_only(client: Client, database: str, service: Service) -> None:
     client.post("/users", json=ADA)
     [[password_hash]] = execute(database, "SELECT password_hash FROM users")
-    assert password_hash.startswith("$argon2id$")
+    assert password_hash.startswith("$argon2id$v=19$m=65536,t=3,p=1$")
     assert not service.logged(ADA["password"])
     assert ADA["password"] not in repr(main.UserCreate(**ADA))
 
