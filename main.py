@@ -20,7 +20,6 @@ from sqlmodel import Field, SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
 from starlette.exceptions import HTTPException
 
-DEADLINE = 4.5  # seconds that a request may spend on the database
 logger = logging.getLogger("uvicorn.error")  # the server's own
 
 
@@ -43,6 +42,7 @@ try:
         raise ValueError
 except Exception:  # what it says may hold the password
     refuse("DATABASE_URL", "neither postgresql://user:password@host/name nor sqlite:///file.db")
+DEADLINE = 4.5 if POSTGRES else 2.5  # seconds for the database; what SQLite has begun may take 2 more
 
 # --- Models ---------------------------------------------------------------------------
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
@@ -93,25 +93,24 @@ for field in UserUpdate.model_fields.values():
 UserUpdate.model_rebuild(force=True)
 
 # --- Database -------------------------------------------------------------------------
-# A read is one round trip, without BEGIN and ROLLBACK. The writer makes transactions, on the same connections.
-options = {"isolation_level": "AUTOCOMMIT", "pool_size": int(POOL_SIZE), "max_overflow": 0, "hide_parameters": True}
+options = {"isolation_level": "AUTOCOMMIT", "max_overflow": 0, "hide_parameters": True}  # a read is one round trip
 if POSTGRES:
     dsn = url.set(drivername="postgresql").difference_update_query(["channel_binding", "pgbouncer"])
-    cache, limit = (0, {}) if url.query.get("pgbouncer") == "true" else (100, {"statement_timeout": f"{DEADLINE}s"})
+    cache, limit = (0, {}) if url.query.get("pgbouncer") == "true" else (100, {"statement_timeout": "4s"})
     args = {"dsn": dsn.render_as_string(hide_password=False), "statement_cache_size": cache, "server_settings": limit}
-    engine = create_async_engine("postgresql+asyncpg://", connect_args=args, **options)
+    engine = create_async_engine("postgresql+asyncpg://", connect_args=args, pool_size=int(POOL_SIZE), **options)
 
     @event.listens_for(engine.sync_engine, "checkout")
     def replace_closed(connection: Any, *_: object) -> None:
         if connection.driver_connection.is_closed():  # by the server; to know takes no round trip
             raise exc.DisconnectionError
 
-    # Close without a farewell: a frozen server would not answer it.
-    event.listen(engine.sync_engine, "close", lambda c, _: c.driver_connection.terminate())
+    event.listen(engine.sync_engine, "close", lambda c, _: c.driver_connection.terminate())  # it may be frozen
 else:
+    options |= {"pool_size": 1, "connect_args": {"timeout": 2}}  # writers queue here, not for SQLite's lock
     engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), **options)
     event.listen(engine.sync_engine, "connect", lambda c, _: c.execute("PRAGMA journal_mode=WAL"))
-writer = engine.execution_options(isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE")
+writer = engine.execution_options(isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE")  # transactions
 
 
 async def get_session() -> AsyncIterator[AsyncSession]:
@@ -132,14 +131,15 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     if not API_TOKEN:
         logger.warning("API_TOKEN is not set: the service is open to everyone")
     for _ in range(15):
+        pause = asyncio.create_task(asyncio.sleep(2))  # so that they are 30 s, however each of them fails
         try:
-            async with asyncio.timeout(DEADLINE), writer.begin() as connection:
+            async with asyncio.timeout(2), writer.begin() as connection:
                 await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)" if POSTGRES else "BEGIN IMMEDIATE")
                 await connection.run_sync(SQLModel.metadata.create_all)
             break
         except (OSError, exc.DBAPIError) as error:
             logger.warning("DATABASE_URL: waiting for the database: %r", error)
-            await asyncio.sleep(2)
+            await pause
     else:
         refuse("DATABASE_URL", "the database cannot be used")
     yield
