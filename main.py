@@ -1,5 +1,4 @@
-# SPDX-License-Identifier: MIT
-"""A users service on FastAPI and SQLModel, asynchronous, in one file: `uvicorn main:app`."""
+"""A users service in one file, on FastAPI and SQLModel: `uvicorn main:app`."""  # SPDX-License-Identifier: MIT
 
 import asyncio
 import logging
@@ -24,7 +23,6 @@ logger = logging.getLogger("uvicorn.error")  # the server's own
 
 
 def refuse(variable: str, reason: str) -> NoReturn:
-    """Stop the start with one line that names the setting."""
     logger.critical("%s: %s", variable, reason)
     os._exit(3)  # SystemExit would end in a traceback; by this code uvicorn knows not to try again
 
@@ -46,8 +44,7 @@ DEADLINE = 4.5 if POSTGRES else 2.5  # seconds for the database; what SQLite has
 
 # --- Models ---------------------------------------------------------------------------
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
-hasher = PasswordHasher(parallelism=1)  # the other cores go on serving
-hashing = asyncio.Lock()  # one hash at a time: each takes 64 MiB
+hasher, hashing = PasswordHasher(parallelism=1), asyncio.Lock()  # one at a time, on one core: each takes 64 MiB
 
 
 class UserBase(SQLModel):
@@ -113,15 +110,16 @@ else:
 writer = engine.execution_options(isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE")  # transactions
 
 
-async def get_session() -> AsyncIterator[AsyncSession]:
-    """Yield a session to write with: `async with session.begin()` is one transaction."""
-    async with AsyncSession(writer, expire_on_commit=False) as session:
-        yield session
+async def get_session() -> AsyncSession:
+    """Give a session to write with: `async with session.begin()` is one transaction, and there is no other way."""
+    return AsyncSession(writer, autobegin=False, expire_on_commit=False)
 
 
 users = SQLModel.metadata.tables["users"]
 public = [users.c[name] for name in UserPublic.model_fields]
-READ = select(*public).where(users.c.id == bindparam("user_id"))  # built once: building costs more than running
+INSERT = insert(users).returning(*public)  # built once: building costs more than running
+READ = select(*public).where(users.c.id == bindparam("user_id"))
+UPDATE = update(users).where(users.c.id == bindparam("user_id")).returning(*public)
 LIST = select(*public).where(users.c.id > bindparam("after")).order_by(users.c.id).limit(bindparam("limit"))
 
 
@@ -130,8 +128,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Create the tables once the database answers, one worker at a time."""
     if not API_TOKEN:
         logger.warning("API_TOKEN is not set: the service is open to everyone")
-    for _ in range(15):
-        pause = asyncio.create_task(asyncio.sleep(2))  # so that they are 30 s, however each of them fails
+    for pause in (asyncio.create_task(asyncio.sleep(2)) for _ in range(15)):  # 30 s, however each try fails
         try:
             async with asyncio.timeout(2), writer.begin() as connection:
                 await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)" if POSTGRES else "BEGIN IMMEDIATE")
@@ -191,7 +188,7 @@ async def create_user(user: UserCreate, session: Session, response: Response) ->
     """Create a user."""
     columns = await user.to_columns()
     async with asyncio.timeout(DEADLINE), session.begin():
-        row = (await session.exec(insert(users).returning(*public), params=columns)).one()
+        row = (await session.exec(INSERT, params=columns)).one()
     response.headers["Location"] = f"/users/{row.id}"
     return row
 
@@ -208,7 +205,7 @@ async def update_user(user_id: Id, user: UserCreate, session: Session) -> Any:
     """Replace a user."""
     columns = await user.to_columns()
     async with asyncio.timeout(DEADLINE), session.begin():
-        return (await session.exec(update(users).where(users.c.id == user_id).values(columns).returning(*public))).one()
+        return (await session.exec(UPDATE, params={"user_id": user_id, **columns})).one()
 
 
 @router.delete("/{user_id}", status_code=204, response_class=Response, responses={404: PROBLEM})
