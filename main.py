@@ -1,6 +1,7 @@
 """A users service in one file, on FastAPI and SQLModel: `uvicorn main:app`."""  # SPDX-License-Identifier: MIT
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 from argon2 import PasswordHasher
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response, exceptions, responses, security
-from pydantic import AfterValidator, StringConstraints, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, StringConstraints, create_model, field_validator
 from sqlalchemy import bindparam, delete, event, exc, insert, make_url, select, update
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import Field, SQLModel
@@ -61,6 +62,7 @@ class User(UserBase, table=True):
 
 class UserPublic(UserBase):
     id: int
+    __new__, __init__ = BaseModel.__new__, BaseModel.__init__  # SQLModel's own are Python, for each row
 
 
 class UserCreate(UserBase):
@@ -139,6 +141,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             await pause
     else:
         refuse("DATABASE_URL", "the database cannot be used")
+    gc.freeze()  # what was loaded stays: the collector need not look at it again
     yield
     await engine.dispose()
 
@@ -229,7 +232,7 @@ async def list_users(response: Response, limit: Limit = 50, after: After = 0, em
         rows = (await connection.execute(query, {"after": after, "limit": limit + 1})).all()
     if len(rows) > limit:
         response.headers["Link"] = f'</users?limit={limit}&after={rows[limit - 1].id}>; rel="next"'
-    return rows[:limit]
+    return [dict(zip(UserPublic.model_fields, row, strict=True)) for row in rows[:limit]]
 
 
 app.include_router(router, responses=dict.fromkeys((401, 413, 422, 503), PROBLEM))

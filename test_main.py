@@ -1087,6 +1087,21 @@ def test_start_with_a_frozen_database(wire: Wire, tmp_path: Path) -> None:
             assert client.get("/readyz").status_code == 200
 
 
+def test_start_freezes_what_is_loaded(tmp_path: Path) -> None:
+    """The garbage collector passes over it, and no row of a list is a call of Python code."""
+    script = """
+import asyncio, gc, main
+async def start():
+    async with main.lifespan(main.app):
+        print(gc.get_freeze_count() > 10_000)
+        print(main.UserPublic.__new__ is object.__new__, not main.UserPublic.__pydantic_custom_init__)
+asyncio.run(start())
+"""
+    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path}/users.db"}
+    printed = subprocess.check_output([sys.executable, "-c", script], cwd=HERE, env=environment, text=True)
+    assert printed.split() == ["True", "True", "True"]
+
+
 def test_stop_amid_requests(new_database: Callable[[], str], tmp_path: Path) -> None:
     """What has begun is answered, and nothing else."""
     database = new_database()
