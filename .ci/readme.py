@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text()
 def block(heading: str, language: str) -> str:
     """Give the first fenced block of a language under a heading."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[0]
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    return found[0]
 
 
 def replay(transcript: str, url: str) -> int:
