@@ -106,7 +106,7 @@ if POSTGRES:
 
     event.listen(engine.sync_engine, "close", lambda c, _: c.driver_connection.terminate())  # it may be frozen
 else:
-    options |= {"pool_size": 1, "connect_args": {"timeout": 2}}  # writers queue here, not for SQLite's lock
+    options |= {"pool_size": 1, "connect_args": {"timeout": 2}}  # a worker's writers queue here, in turn
     engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), **options)
     event.listen(engine.sync_engine, "connect", lambda c, _: c.execute("PRAGMA journal_mode=WAL"))
 writer = engine.execution_options(isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE")  # transactions

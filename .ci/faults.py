@@ -46,7 +46,7 @@ CHEAP = "PasswordHasher(parallelism=1)", "PasswordHasher(1, 8, 1)"  # hashes, so
 
 
 def kill(pid: int) -> None:
-    """Kill a process and its children, as a machine that loses its power would."""
+    """Kill a process and its children."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     for process in processes:
         process.kill()
@@ -245,7 +245,10 @@ def test_pool_size(server: Server, postgres: str, tmp_path: Path) -> None:
         with ThreadPoolExecutor(40) as pool:
             with locked(postgres):
                 waiting = [pool.submit(client.patch, path, json={"name": f"name {i}"}) for i in range(40)]
-                counts = [connections(postgres, server) for _ in range(100)]
+                counts: list[int] = []
+                begun = time.monotonic()
+                while time.monotonic() < begun + (1 if 1 + 10 in counts else 3):
+                    counts.append(connections(postgres, server))
             assert [future.result().status_code for future in waiting] == 40 * [200]
         assert max(counts) == 1 + 10  # the lock's own
 
@@ -376,7 +379,8 @@ def test_many_writers(tmp_path: Path) -> None:
             with Client(base_url=url, timeout=120) as client:
                 for number in range(1500 // 120 + 1):
                     response = client.post("/users", json=ADA | {"email": f"{writer}-{number}@example.com"})
-                    statuses[response.status_code] += 1
+                    assert response.status_code == 201, response.text
+                    statuses[201] += 1
                     response = client.patch(response.headers["Location"], json={"name": "n"})
                     statuses[response.status_code] += 1
             return statuses
@@ -436,8 +440,8 @@ def test_hashing_under_attack(database: str, tmp_path: Path) -> None:
             finally:
                 over.set()
         assert set.union(*(attacker.result() for attacker in attackers)) == {201}
-        assert attacked < 10 * idle
-        assert peak_memory(service.process.pid) - memory < 64 * 1024 * (os.cpu_count() or 1)
+        assert attacked < max(10 * idle, 0.05)  # a hiccup of the machine is no attack
+        assert peak_memory(service.process.pid) - memory < 32 * 1024  # KiB: no second hash beside the first
 
 
 # --- PgBouncer ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Compare the cost of a request: ours, the official example and bare FastAPI, on PostgreSQL, one core each.
+"""Compare the cost of a request: ours, the official example and bare FastAPI, on PostgreSQL, all on the same core.
 
 python .ci/bench [--rounds 5] [--seconds 2] [--chart .github/bench.svg]
 
@@ -48,7 +48,7 @@ OPERATIONS = {  # name: (method, path, body); ID is any user's, UNIQUE is never 
     "PATCH name": ("PATCH", "/users/ID", json.dumps({"name": "Ada King UNIQUE"})),
     "POST": ("POST", "/users", json.dumps({"name": "Ada", "email": "UNIQUE@example.com", "password": "correct horse"})),
 }
-START, MEMORY = "start, until the first answer", "memory of an idle worker"
+START, MEMORY = "CPU of the start, until the first answer", "memory of an idle worker"
 
 
 # --- Load -----------------------------------------------------------------------------
@@ -152,10 +152,10 @@ class Contender:
 def take_turns(url: str, seconds: float) -> dict[str, dict[str, tuple[float, float]]]:
     """Measure each operation with one contender after the other."""
     asyncio.run(fill(url))
-    contenders = {
-        name: Contender(application, environment, url) for name, (application, environment) in CONTENDERS.items()
-    }
+    contenders: dict[str, Contender] = {}
     try:
+        for name, (application, environment) in CONTENDERS.items():
+            contenders[name] = Contender(application, environment, url)
         for warm_up in True, False:
             for operation in OPERATIONS:
                 for contender in contenders.values():
