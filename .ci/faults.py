@@ -109,6 +109,16 @@ def connections(database: str, server: Server) -> int:
     return int(count)
 
 
+REQUESTS: list[tuple[str, str, object]] = [  # one to each route that needs the database
+    ("GET", "/users/1", None),
+    ("GET", "/users", None),
+    ("GET", "/readyz", None),
+    ("POST", "/users", BOB),
+    ("PUT", "/users/1", BOB),
+    ("PATCH", "/users/1", {"name": "n"}),
+    ("DELETE", "/users/1", None),
+]
+
 # --- The database goes away -----------------------------------------------------------
 
 
@@ -158,16 +168,7 @@ def test_database_down(server: Server, postgres: str, tmp_path: Path) -> None:
         status, healthy = call("POST", "/users", ADA)
         assert status == 201
         server.stop()
-        requests = [
-            ("GET", "/users/1", None),
-            ("GET", "/users", None),
-            ("GET", "/readyz", None),
-            ("POST", "/users", BOB),
-            ("PUT", "/users/1", BOB),
-            ("PATCH", "/users/1", {"name": "n"}),
-            ("DELETE", "/users/1", None),
-        ]
-        for method, path, body in requests:
+        for method, path, body in REQUESTS:
             status, seconds = call(method, path, body)
             assert status == 503
             assert seconds < 1 + healthy
@@ -185,17 +186,8 @@ def test_database_frozen(postgres: str, tmp_path: Path) -> None:
     with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
         slowest = client.post("/users", json=ADA).elapsed
         wire.flows.clear()
-        requests: list[tuple[str, str, object]] = [
-            ("GET", "/users/1", None),
-            ("GET", "/users", None),
-            ("GET", "/readyz", None),
-            ("POST", "/users", BOB),
-            ("PUT", "/users/1", BOB),
-            ("PATCH", "/users/1", {"name": "n"}),
-            ("DELETE", "/users/1", None),
-        ]
-        with ThreadPoolExecutor(len(requests)) as pool:
-            responses = list(pool.map(lambda r: client.request(r[0], r[1], json=r[2]), requests))
+        with ThreadPoolExecutor(len(REQUESTS)) as pool:
+            responses = list(pool.map(lambda r: client.request(r[0], r[1], json=r[2]), REQUESTS))
         for response in responses:
             assert is_problem(response, 503, "The database does not answer.")
             assert response.elapsed < timedelta(seconds=5) + 2 * slowest
