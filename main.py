@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 from argon2 import PasswordHasher
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response, exceptions, responses, security
-from pydantic import AfterValidator, BaseModel, StringConstraints, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, StringConstraints, create_model
 from sqlalchemy import bindparam, delete, event, exc, insert, make_url, select, update
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import Field, SQLModel
@@ -45,12 +45,13 @@ DEADLINE = 4.5 if POSTGRES else 2.5  # seconds for the database; what SQLite has
 
 # --- Models ---------------------------------------------------------------------------
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
+Email = Annotated[Text, AfterValidator(lambda e: validate_email(e.lower(), check_deliverability=False).normalized)]
 hasher, hashing = PasswordHasher(parallelism=1), asyncio.Lock()  # one at a time, on one core: each takes 64 MiB
 
 
 class UserBase(SQLModel):
     name: Text = Field(min_length=1, max_length=100, schema_extra={"examples": ["Ada Lovelace"]})
-    email: Text = Field(max_length=254, unique=True, schema_extra={"examples": ["ada@example.com"]})
+    email: Email = Field(max_length=254, unique=True, schema_extra={"examples": ["ada@example.com"]})
 
 
 class User(UserBase, table=True):
@@ -62,17 +63,13 @@ class User(UserBase, table=True):
 
 class UserPublic(UserBase):
     id: int
+    email: str  # as it was checked when it came in
     __new__, __init__ = BaseModel.__new__, BaseModel.__init__  # SQLModel's own are Python, for each row
 
 
 class UserCreate(UserBase):
     model_config = {"extra": "forbid"}
     password: Text = Field(min_length=8, max_length=128, repr=False, schema_extra={"examples": ["correct horse"]})
-
-    @field_validator("email")
-    @classmethod
-    def normalize_email(cls, email: str) -> str:
-        return validate_email(email.lower(), check_deliverability=False).normalized
 
     async def to_columns(self) -> dict[str, Any]:
         """Give the columns to write, with a hash in place of the password."""
@@ -122,6 +119,7 @@ public = [users.c[name] for name in UserPublic.model_fields]
 INSERT = insert(users).returning(*public)  # built once: building costs more than running
 READ = select(*public).where(users.c.id == bindparam("user_id"))
 UPDATE = update(users).where(users.c.id == bindparam("user_id")).returning(*public)
+DELETE = delete(users).where(users.c.id == bindparam("user_id")).returning(users.c.id)
 LIST = select(*public).where(users.c.id > bindparam("after")).order_by(users.c.id).limit(bindparam("limit"))
 
 
@@ -183,7 +181,6 @@ Session = Annotated[AsyncSession, Depends(get_session)]
 Id = Annotated[int, Path(ge=1, le=2**31 - 1)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[int, Query(ge=0, le=2**31 - 1)]
-Email = Annotated[str, AfterValidator(UserCreate.normalize_email)]
 
 
 @router.post("", status_code=201, response_model=UserPublic, responses={400: PROBLEM, 409: PROBLEM})
@@ -215,7 +212,7 @@ async def update_user(user_id: Id, user: UserCreate, session: Session) -> Any:
 async def delete_user(user_id: Id, session: Session) -> None:
     """Delete a user."""
     async with asyncio.timeout(DEADLINE), session.begin():
-        (await session.exec(delete(users).where(users.c.id == user_id).returning(users.c.id))).one()
+        (await session.exec(DELETE, params={"user_id": user_id})).one()
 
 
 @router.patch("/{user_id}", response_model=UserPublic, responses={400: PROBLEM, 404: PROBLEM, 409: PROBLEM})

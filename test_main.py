@@ -498,7 +498,7 @@ def test_update_user_incomplete(client: Client, ada: dict[str, Any], field: str)
 
 def test_update_user_to_a_default(new_database: Callable[[], str], tmp_path: Path) -> None:
     """A field that has a default is replaced as well, and changed by nothing but its name."""
-    copy = change_main(tmp_path, "    email: Text", '    motto: Text = Field(default="none")\n    email: Text')
+    copy = change_main(tmp_path, "    email: Email", '    motto: Text = Field(default="none")\n    email: Email')
     with start(tmp_path, copy, DATABASE_URL=new_database()) as service, service.client() as client:
         path = client.post("/users", json=ADA | {"motto": "some"}).headers["Location"]
         assert client.patch(path, json={"name": "Ada"}).json()["motto"] == "some"
