@@ -41,7 +41,7 @@ try:
         raise ValueError
 except Exception:  # what it says may hold the password
     refuse("DATABASE_URL", "neither postgresql://user:password@host/name nor sqlite:///file.db")
-DEADLINE = 4.5 if POSTGRES else 2.5  # seconds for the database; what SQLite has begun may take 2 more
+DEADLINE = 4 if POSTGRES else 2.5  # seconds for the database; what SQLite has begun may take 2 more
 
 # --- Models ---------------------------------------------------------------------------
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
@@ -92,8 +92,8 @@ UserUpdate.model_rebuild(force=True)
 options = {"isolation_level": "AUTOCOMMIT", "max_overflow": 0, "hide_parameters": True}  # a read is one round trip
 if POSTGRES:
     dsn = url.set(drivername="postgresql").difference_update_query(["channel_binding", "pgbouncer"])
-    cache, limit = (0, {}) if url.query.get("pgbouncer") == "true" else (100, {"statement_timeout": "4s"})
-    args = {"dsn": dsn.render_as_string(hide_password=False), "statement_cache_size": cache, "server_settings": limit}
+    cache = 0 if url.query.get("pgbouncer") == "true" else 100
+    args = {"dsn": dsn.render_as_string(hide_password=False), "statement_cache_size": cache}
     engine = create_async_engine("postgresql+asyncpg://", connect_args=args, pool_size=int(POOL_SIZE), **options)
 
     @event.listens_for(engine.sync_engine, "checkout")
@@ -101,7 +101,10 @@ if POSTGRES:
         if connection.driver_connection.is_closed():  # by the server; to know takes no round trip
             raise exc.DisconnectionError
 
-    event.listen(engine.sync_engine, "close", lambda c, _: c.driver_connection.terminate())  # it may be frozen
+    @event.listens_for(engine.sync_engine, "close")
+    def limit_close(connection: Any, _: object) -> None:  # to cancel a statement takes a moment; it may be frozen
+        asyncio.get_running_loop().call_later(0.5, connection.driver_connection.terminate)
+
 else:
     options |= {"pool_size": 1, "connect_args": {"timeout": 2}}  # a worker's writers queue here, in turn
     engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), **options)
@@ -134,7 +137,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
                 await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)" if POSTGRES else "BEGIN IMMEDIATE")
                 await connection.run_sync(SQLModel.metadata.create_all)
             break
-        except (OSError, exc.DBAPIError) as error:
+        except (OSError, ValueError, exc.DBAPIError) as error:
             logger.warning("DATABASE_URL: waiting for the database: %r", error)
             await pause
     else:
@@ -243,5 +246,5 @@ async def livez() -> None:
 @app.get("/readyz", response_class=Response, responses={503: PROBLEM})
 async def readyz() -> None:
     """Report that the database answers, within two seconds."""
-    async with asyncio.timeout(2), engine.connect() as connection:
+    async with asyncio.timeout(1.5), engine.connect() as connection:
         await connection.execute(select(1))

@@ -826,15 +826,15 @@ class Wire:
             target.shutdown(socket.SHUT_RDWR)
 
     def write_down(self, data: bytes) -> None:
-        """Keep what a client asks: simple queries (Q), and what it prepares (P) and executes (E)."""
+        """Keep what a client asks: simple queries (Q), what it prepares (P), executes (E) and closes (X)."""
         while data[:1].isalpha():
             end = 1 + int.from_bytes(data[1:5], "big")
             if data[:1] == b"Q":
                 self.asked.append(data[5 : end - 1].decode())
             elif data[:1] == b"P":
                 self.prepared.append(data[5 : data.index(0, 5)].decode())
-            elif data[:1] == b"E":
-                self.asked.append("execute")
+            elif data[:1] in b"EX":
+                self.asked.append("execute" if data[:1] == b"E" else "close")
             data = data[end:]
 
 
@@ -914,8 +914,15 @@ def test_frozen_database(wire: Wire, tmp_path: Path) -> None:
         assert client.get("/readyz").status_code == 503
         assert client.get("/livez").status_code == 200
         wire.flows.set()
-        assert client.get(path).status_code == 200
+        assert at_once(lambda _: client.get(path), 6) == 6 * [200]  # so that one connection is idle in the end
+        wire.asked.clear()
         wire.flows.clear()
+        with ThreadPoolExecutor(1) as pool:
+            last = pool.submit(client.get, path)
+            while not wire.asked:
+                time.sleep(0.01)
+            service.process.terminate()
+            assert last.result().status_code == 503
     assert service.logged("Application shutdown complete")
 
 
@@ -1128,6 +1135,7 @@ def test_stop(wire: Wire, tmp_path: Path) -> None:
     """The connections are closed at the end."""
     with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
         client.get("/users")
+    assert wire.asked[-1] == "close"
     assert service.process.returncode in (0, -15)
     assert service.logged("Application shutdown complete")
     assert not service.logged("Traceback")
