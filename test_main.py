@@ -678,6 +678,13 @@ def test_any_host(client: Client, five: list[dict[str, Any]]) -> None:
     assert client.get("/users?limit=1", headers={"Host": "["}).status_code == 200
 
 
+def test_another_protocol(client: Client) -> None:
+    """Who asks for a web socket is answered in HTTP; uvicorn reads no body then."""
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    assert client.get("/users", headers=upgrade).json() == []
+    assert is_invalid(client.post("/users", json=ADA, headers=upgrade), "body")
+
+
 TOKEN = "s3cret~token+/=="
 
 
@@ -1062,6 +1069,13 @@ def test_start_of_many_workers(new_database: Callable[[], str], tmp_path: Path) 
     with start(tmp_path, "--workers=4", DATABASE_URL=new_database()) as service:
         service.wait_for("Application startup complete", 4)
         assert not service.logged("waiting|died")
+
+
+def test_settings_of_uvicorn(tmp_path: Path) -> None:
+    with start(tmp_path, WEB_CONCURRENCY="2", FORWARDED_ALLOW_IPS="*") as service, service.client() as client:
+        assert client.get("/livez", headers={"X-Forwarded-For": "203.0.113.7"}).status_code == 200
+        service.wait_for("Application startup complete", 2)
+        service.wait_for('203.0.113.7:0 - "GET /livez')
 
 
 def test_start_takes_its_turn(wire: Wire, tmp_path: Path) -> None:
