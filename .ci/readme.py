@@ -1,7 +1,9 @@
 """Execute what README.md shows.
 
 readme.py test              runs the block under "## Test", and looks for the tests that are named
-readme.py run [URL]         runs the block under "## Run" and replays the transcript against it, or against URL
+readme.py run               runs the block under "## Run", and replays the transcript against it
+readme.py deploy            runs the first block under "## Deploy" with Docker, and replays the transcript against it
+readme.py show H LANGUAGE   prints the first block of a language under a heading H
 """
 
 import doctest
@@ -59,6 +61,32 @@ def run() -> int:
             server.wait(30)
 
 
+def deploy() -> int:
+    """Build the image, start it, wait until it is healthy, replay the transcript, and stop it."""
+    name = "users-of-the-readme"
+
+    def docker(*arguments: str) -> str:
+        return subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    script = block("Deploy", "sh").replace("-v users:", f"-v {name}:")
+    script = script.replace("docker run", f"docker run --detach --name={name}")
+    try:
+        subprocess.run(["bash", "-ec", script], cwd=ROOT, check=True)
+        while (health := docker("inspect", "--format={{.State.Health.Status}}", name)) != "healthy":
+            if health != "starting":
+                sys.exit(docker("logs", name))
+            time.sleep(1)
+        failures = replay(block("Run", "console"), "http://localhost:8000")
+        docker("stop", name)
+        code = docker("inspect", "--format={{.State.ExitCode}}", name)
+        if code not in ("0", "143"):
+            sys.exit(f"docker stop ended it with code {code}")
+        return failures
+    finally:
+        docker("rm", "--force", name)
+        docker("volume", "rm", "--force", name)
+
+
 def untested() -> set[str]:
     """Give the tests that README.md names and nobody wrote."""
     tests = "".join((ROOT / name).read_text() for name in ("test_main.py", ".ci/faults.py"))
@@ -72,7 +100,9 @@ match sys.argv[1:]:
         sys.exit(subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT).returncode)
     case ["run"]:
         sys.exit(run())
-    case ["run", url]:
-        sys.exit(replay(block("Run", "console"), url))
+    case ["deploy"]:
+        sys.exit(deploy())
+    case ["show", heading, language]:
+        print(block(heading, language), end="")
     case _:
         sys.exit(__doc__)
