@@ -14,7 +14,7 @@ RUN install -d -o 10001 -g 10001 /data
 VOLUME /data
 ENV DATABASE_URL=sqlite:////data/users.db
 
-# The source is root's; the user is a number, by which an orchestrator sees that it is not root.
+# The source is root's; the service runs as a number, by which an orchestrator sees that it is not root.
 WORKDIR /app
 COPY main.py .
 USER 10001:10001

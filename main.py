@@ -40,18 +40,18 @@ try:
     if url.database in (None, "", ":memory:") or (url.host and not POSTGRES):
         raise ValueError
 except Exception:  # what it says may hold the password
-    refuse("DATABASE_URL", "neither postgresql://user:password@host/name nor sqlite:///file.db")
+    refuse("DATABASE_URL", "neither postgresql://login:password@host/name nor sqlite:///file.db")
 DEADLINE = 4 if POSTGRES else 2.5  # seconds for the database; what SQLite has begun may take 2 more
 
-# --- Models ---------------------------------------------------------------------------
+# --- Models: make them yours here, README.md says how ---------------------------------
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
 Email = Annotated[Text, AfterValidator(lambda e: validate_email(e.lower(), check_deliverability=False).normalized)]
 hasher, hashing = PasswordHasher(parallelism=1), asyncio.Lock()  # one at a time, on one core: each takes 64 MiB
 
 
 class UserBase(SQLModel):
-    name: Text = Field(min_length=1, max_length=100, schema_extra={"examples": ["Ada Lovelace"]})
-    email: Email = Field(max_length=254, unique=True, schema_extra={"examples": ["ada@example.com"]})
+    name: Text = Field(min_length=1, max_length=100, schema_extra={"examples": ["Ada Lovelace", "Bob"]})
+    email: Email = Field(max_length=254, unique=True, schema_extra={"examples": ["ada@example.com", "bob@example.com"]})
 
 
 class User(UserBase, table=True):
@@ -72,9 +72,9 @@ class UserCreate(UserBase):
     password: Text = Field(min_length=8, max_length=128, repr=False, schema_extra={"examples": ["correct horse"]})
 
     async def to_columns(self) -> dict[str, Any]:
-        """Give the columns to write, with a hash in place of the password."""
+        """Give the columns to write."""
         columns = self.model_dump(exclude_unset=isinstance(self, UserUpdate))
-        if "password" in columns:
+        if "password" in columns:  # a hash takes its place
             async with hashing:
                 columns["password_hash"] = await asyncio.to_thread(hasher.hash, columns.pop("password"))
         return columns

@@ -33,8 +33,10 @@ from sqlalchemy import make_url
 import main
 
 HERE = Path(__file__).parent
-ADA = {"name": "Ada Lovelace", "email": "ada@example.com", "password": "correct horse"}
-BOB = {"name": "Bob", "email": "bob@example.com", "password": "battery staple"}
+
+# The examples of the OpenAPI document, the first and the last of each.
+FIELDS = main.UserCreate.model_json_schema()["properties"]
+ADA, BOB = ({name: field["examples"][index] for name, field in FIELDS.items()} for index in (0, -1))
 
 # --- Databases and services -----------------------------------------------------------
 
@@ -165,13 +167,17 @@ def service(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield service
 
 
+def delete_all(client: Client) -> None:
+    while users := client.get("/users").json():
+        for user in users:
+            client.delete(f"/users/{user['id']}")
+
+
 @pytest.fixture
 def client(service: Service) -> Iterator[Client]:
     """Give a client for a service without users."""
     with service.client() as client:
-        while users := client.get("/users").json():
-            for user in users:
-                client.delete(f"/users/{user['id']}")
+        delete_all(client)
         yield client
 
 
@@ -192,6 +198,24 @@ def clients(client: Client, another_service: Service) -> Iterator[list[Client]]:
 def ada(client: Client) -> dict[str, Any]:
     user: dict[str, Any] = client.post("/users", json=ADA).json()
     return user
+
+
+def email(number: int) -> str:
+    """Give an email that nobody else has."""
+    return f"{number}-{ADA['email']}"
+
+
+def insert(database: str, *names: str) -> None:
+    """Write users past the service."""
+    columns = [column.name for column in main.users.columns if column.name != "id"]
+    rows = (ADA | {"name": name, "email": email(number)} for number, name in enumerate(names))
+    values = ", ".join("(" + ", ".join(f"'{row.get(column, '')}'" for column in columns) + ")" for row in rows)
+    execute(database, f"INSERT INTO users ({', '.join(columns)}) VALUES {values}")
+
+
+def shown(body: dict[str, Any]) -> dict[str, Any]:
+    """Give what of a body is in the answer."""
+    return {field: value for field, value in body.items() if field in main.UserPublic.model_fields}
 
 
 def is_problem(response: Response, status: int, detail: str, **more: object) -> bool:
@@ -224,65 +248,38 @@ def test_create_user(client: Client) -> None:
     response = client.post("/users", json=ADA)
     assert response.status_code == 201
     user = response.json()
-    assert user == {"id": user["id"], "name": "Ada Lovelace", "email": "ada@example.com"}
+    assert user == {"id": user["id"], **shown(ADA)}
     assert response.headers["Location"] == f"/users/{user['id']}"
     assert client.get(response.headers["Location"]).json() == user
 
 
-def test_create_user_stores_email_in_lower_case(client: Client) -> None:
-    assert client.post("/users", json=ADA | {"email": "ADA@Example.COM"}).json()["email"] == "ada@example.com"
+@pytest.mark.parametrize("name", ["n", "n" * 100, "Łucja 🦊"])
+def test_create_user_takes_a_name(client: Client, name: str) -> None:
+    response = client.post("/users", json=ADA | {"name": name})
+    assert response.json() == {"id": response.json()["id"], **shown(ADA), "name": name}
 
 
-def test_create_user_keeps_a_hash_only(client: Client, database: str, service: Service) -> None:
-    client.post("/users", json=ADA)
-    [[password_hash]] = execute(database, "SELECT password_hash FROM users")
-    assert password_hash.startswith("$argon2id$v=19$m=65536,t=3,p=1$")
-    assert not service.logged(ADA["password"])
-    assert ADA["password"] not in repr(main.UserCreate(**ADA))
-
-
-LONGEST = {"name": "n" * 100, "email": f"{'e' * 64}@{'d' * 63}.{'d' * 63}.{'d' * 57}.com", "password": "p" * 128}
-SHORTEST = {"name": "n", "email": "e@d.io", "password": "p" * 8}
-
-
-@pytest.mark.parametrize(
-    "body", [LONGEST, SHORTEST, ADA | {"name": "Łucja 🦊"}], ids=["longest", "shortest", "unicode"]
-)
-def test_create_user_takes(client: Client, body: dict[str, str]) -> None:
-    response = client.post("/users", json=body)
-    assert response.json() == {"id": response.json()["id"], "name": body["name"], "email": body["email"]}
+def write(client: Client, method: str, path: str, body: object) -> Response:
+    """Send a body with what JSON can say and httpx2 will not: surrogates."""
+    return client.request(method, path, content=json.dumps(body), headers={"Content-Type": "application/json"})
 
 
 INVALID: list[tuple[str, object]] = [
     ("name", ""),
     ("name", "n" * 101),
-    ("name", None),
     ("name", 1),
     ("name", "a\0b"),
     ("name", "\ud800"),
-    ("email", "ada"),
-    ("email", "ada@localhost"),
-    ("email", "Ada <ada@example.com>"),
-    ("email", "e" * 250 + "@example.com"),
-    ("email", None),
-    ("email", "a\0@example.com"),
-    ("email", "\udfff@example.com"),
-    ("password", "p" * 7),
-    ("password", "p" * 129),
-    ("password", None),
-    ("password", "password\0"),
-    ("password", "password\ud800"),
     ("id", 7),
     ("password_hash", "$argon2id$"),
+    *((field, None) for field in ADA),
+    *((field, []) for field in ADA),
 ]
 
 
 @pytest.mark.parametrize(("field", "value"), INVALID)
 def test_create_user_invalid(client: Client, field: str, value: object) -> None:
-    response = client.post(
-        "/users", content=json.dumps(ADA | {field: value}), headers={"Content-Type": "application/json"}
-    )
-    assert is_invalid(response, "body", field)
+    assert is_invalid(write(client, "POST", "/users", ADA | {field: value}), "body", field)
 
 
 @pytest.mark.parametrize("field", ADA)
@@ -324,54 +321,15 @@ def test_create_user_too_large(client: Client, chunked: bool) -> None:
     assert response.status_code == 413
 
 
-@pytest.mark.parametrize(
-    ("email", "same"),
-    [("\u1e97\u1fe5@example.com", "T\u0308\u03a1\u0314@Example.com"), ("i@\u00e9.com", "I@E\u0301.COM")],
-)
-def test_create_user_knows_an_address_in_any_form(client: Client, email: str, same: str) -> None:
-    """Composed and decomposed letters are the same, in either case."""
-    user = client.post("/users", json=ADA | {"email": same}).json()
-    assert user["email"] == email
-    assert client.post("/users", json=BOB | {"email": email}).status_code == 409
-    assert client.get("/users", params={"email": same}).json() == [user]
-    assert client.put(f"/users/{user['id']}", json=BOB | {"email": email}).status_code == 200
-
-
-@pytest.mark.parametrize("email", ["ada@example.com", "ADA@EXAMPLE.COM"])
-def test_create_user_conflict(client: Client, ada: dict[str, Any], email: str) -> None:
-    assert is_problem(client.post("/users", json=BOB | {"email": email}), 409, "The email is taken.")
+@pytest.mark.parametrize("case", [str.lower, str.upper])
+def test_create_user_conflict(client: Client, ada: dict[str, Any], case: Callable[[str], str]) -> None:
+    response = client.post("/users", json=BOB | {"email": case(ada["email"])})
+    assert is_problem(response, 409, "The email is taken.")
     assert client.get("/users").json() == [ada]
 
 
 def test_create_user_twenty_at_once(clients: list[Client]) -> None:
     assert at_once(lambda i: clients[i % 2].post("/users", json=ADA), 20) == [201] + 19 * [409]
-
-
-def peak_memory(pid: int) -> int:
-    """Give the largest resident set that a process has had, in KiB; 0 where there is no /proc."""
-    status = Path(f"/proc/{pid}/status")
-    return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) if status.exists() else 0
-
-
-def test_create_user_hashes_beside_the_event_loop_and_before_it_connects(
-    new_database: Callable[[], str], tmp_path: Path
-) -> None:
-    """While passwords are hashed, the only thread and the only connection serve others."""
-    with (
-        start(tmp_path, DATABASE_URL=new_database(), DATABASE_POOL_SIZE="1\n") as service,
-        service.client() as client,
-        ThreadPoolExecutor(8) as pool,
-    ):
-        path = client.post("/users", json=BOB).headers["Location"]
-        memory = peak_memory(service.process.pid)
-        posts = [pool.submit(client.post, "/users", json=ADA | {"email": f"{i}@example.com"}) for i in range(8)]
-        reads = 0
-        while not all(post.done() for post in posts):
-            assert client.get(path).status_code == 200
-            reads += 1
-        assert [post.result().status_code for post in posts] == 8 * [201]
-        assert reads > 2 * len(posts)
-        assert peak_memory(service.process.pid) - memory < 32 * 1024  # KiB; a second hash would take 64 MiB
 
 
 def change_main(directory: Path, old: str, new: str) -> str:
@@ -385,7 +343,7 @@ def change_main(directory: Path, old: str, new: str) -> str:
 def test_create_user_fails_as_a_whole(new_database: Callable[[], str], tmp_path: Path) -> None:
     """What fails after the INSERT, in its transaction, undoes it; and any fault is a problem."""
     end_of_block = '.one()\n    response.headers["Location"]'
-    fault = '.one()\n        assert user.name != "Bob"\n    response.headers["Location"]'
+    fault = f'.one()\n        assert user.name != "{BOB["name"]}"\n    response.headers["Location"]'
     copy = change_main(tmp_path, end_of_block, fault)
     with start(tmp_path, copy, DATABASE_URL=new_database()) as service, service.client() as client:
         assert is_problem(client.post("/users", json=BOB), 500, "The service failed.")
@@ -441,7 +399,7 @@ NOT_IDS = ["0", "-1", "2147483648", "9" * 30, "9" * 5000, "x", "1.5", "%00", "%F
 def test_read_user(client: Client, ada: dict[str, Any]) -> None:
     response = client.get(f"/users/{ada['id']}")
     assert response.status_code == 200
-    assert response.json() == {"id": ada["id"], "name": "Ada Lovelace", "email": "ada@example.com"}
+    assert response.json() == ada
 
 
 @pytest.mark.parametrize("user_id", MISSING)
@@ -470,7 +428,7 @@ def test_read_user_hides_parameters(new_database: Callable[[], str], tmp_path: P
 
 def test_read_user_against_the_rules(client: Client, service: Service, database: str) -> None:
     """A fault of the service's own, here a row that another program wrote, is a problem with a traceback."""
-    execute(database, "INSERT INTO users (name, email, password_hash) VALUES ('', '', '')")
+    insert(database, "")
     [[user_id]] = execute(database, "SELECT id FROM users")
     assert is_problem(client.get(f"/users/{user_id}"), 500, "The service failed.")
     service.wait_for("ResponseValidationError")
@@ -480,14 +438,11 @@ def test_read_user_against_the_rules(client: Client, service: Service, database:
 # --- Update ---------------------------------------------------------------------------
 
 
-def test_update_user(client: Client, ada: dict[str, Any], database: str) -> None:
-    [[before]] = execute(database, "SELECT password_hash FROM users")
+def test_update_user(client: Client, ada: dict[str, Any]) -> None:
     response = client.put(f"/users/{ada['id']}", json=BOB)
     assert response.status_code == 200
-    assert response.json() == {"id": ada["id"], "name": "Bob", "email": "bob@example.com"}
+    assert response.json() == {"id": ada["id"], **shown(BOB)}
     assert client.get("/users").json() == [response.json()]
-    [[after]] = execute(database, "SELECT password_hash FROM users")
-    assert before != after
 
 
 @pytest.mark.parametrize("field", ADA)
@@ -505,51 +460,39 @@ def test_update_user_to_a_default(new_database: Callable[[], str], tmp_path: Pat
         assert client.put(path, json=ADA).json()["motto"] == "none"
 
 
-@pytest.mark.parametrize(("method", "body"), [("PUT", BOB), ("PATCH", {"email": "BOB@example.com"})])
+@pytest.mark.parametrize(("method", "body"), [("PUT", BOB), ("PATCH", {"email": BOB["email"].upper()})])
 def test_update_user_conflict(client: Client, ada: dict[str, Any], method: str, body: object) -> None:
     bob = client.post("/users", json=BOB).json()
     assert is_problem(client.request(method, f"/users/{ada['id']}", json=body), 409, "The email is taken.")
     assert client.get("/users").json() == [ada, bob]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"name": "Ada King"}, {"email": "king@example.com"}, {"name": "A", "email": "k@example.com"}, {}]
-)
-def test_patch_user(client: Client, ada: dict[str, Any], database: str, changes: dict[str, str]) -> None:
-    before = execute(database, "SELECT password_hash FROM users")
+@pytest.mark.parametrize("changes", [{"name": "Ada King"}, {"email": email(0)}, {"name": "A", "email": email(0)}, {}])
+def test_patch_user(client: Client, ada: dict[str, Any], changes: dict[str, str]) -> None:
     response = client.patch(f"/users/{ada['id']}", json=changes)
     assert response.status_code == 200
     assert response.json() == client.get(f"/users/{ada['id']}").json() == ada | changes
-    assert execute(database, "SELECT password_hash FROM users") == before
-
-
-def test_patch_user_password(client: Client, ada: dict[str, Any], database: str) -> None:
-    before = execute(database, "SELECT password_hash FROM users")
-    assert client.patch(f"/users/{ada['id']}", json={"password": "another one"}).json() == ada
-    assert execute(database, "SELECT password_hash FROM users") != before
 
 
 @pytest.mark.parametrize(("field", "value"), INVALID)
 def test_patch_user_invalid(client: Client, ada: dict[str, Any], field: str, value: object) -> None:
-    headers = {"Content-Type": "application/json"}
-    response = client.patch(f"/users/{ada['id']}", content=json.dumps({field: value}), headers=headers)
-    assert is_invalid(response, "body", field)
+    assert is_invalid(write(client, "PATCH", f"/users/{ada['id']}", {field: value}), "body", field)
     assert client.get("/users").json() == [ada]
 
 
 def test_patch_user_fields_at_once(clients: list[Client], ada: dict[str, Any]) -> None:
     path = f"/users/{ada['id']}"
     for turn in range(10):
-        changes = [{"name": f"name {turn}"}, {"email": f"{turn}@example.com"}]
+        changes = [{"name": f"name {turn}"}, {"email": email(turn)}]
         with ThreadPoolExecutor(2) as pool:
             patched = pool.map(lambda client, change: client.patch(path, json=change), clients, changes)
         assert [response.status_code for response in patched] == [200, 200]
-        assert clients[0].get("/users").json() == [{"id": ada["id"], **changes[0], **changes[1]}]
+        assert clients[0].get("/users").json() == [ada | changes[0] | changes[1]]
 
 
 def test_patch_user_to_one_email_at_once(clients: list[Client], five: list[dict[str, Any]]) -> None:
     paths = [f"/users/{user['id']}" for user in five]
-    change = {"email": "same@example.com"}
+    change = {"email": BOB["email"]}
     assert at_once(lambda i: clients[i % 2].patch(paths[i], json=change), 5) == [200] + 4 * [409]
 
 
@@ -590,11 +533,11 @@ def test_delete_user_retires_the_id(client: Client, ada: dict[str, Any]) -> None
 
 @pytest.fixture
 def five(client: Client) -> list[dict[str, Any]]:
-    return [client.post("/users", json=ADA | {"email": f"{n}@example.com"}).json() for n in range(5)]
+    return [client.post("/users", json=ADA | {"email": email(number)}).json() for number in range(5)]
 
 
 def test_list_users(client: Client, five: list[dict[str, Any]]) -> None:
-    client.patch(f"/users/{five[0]['id']}", json={"name": "Ada Lovelace"})
+    client.patch(f"/users/{five[0]['id']}", json={"name": five[0]["name"]})
     response = client.get("/users")
     assert response.status_code == 200
     assert response.json() == five
@@ -620,30 +563,28 @@ def test_list_users_links_while_more_follow(client: Client, five: list[dict[str,
 
 
 def test_list_users_fifty_if_not_told(client: Client, database: str) -> None:
-    rows = ", ".join(f"('n', '{n}@example.com', '')" for n in range(51))
-    execute(database, f"INSERT INTO users (name, email, password_hash) VALUES {rows}")
+    insert(database, *51 * ["n"])
     response = client.get("/users")
     assert len(response.json()) == 50
     assert "limit=50&" in response.headers["Link"]
 
 
-@pytest.mark.parametrize("email", ["3@example.com", "3@EXAMPLE.com"])
-def test_list_users_finds_an_email(client: Client, five: list[dict[str, Any]], email: str) -> None:
-    response = client.get("/users", params={"email": email, "limit": 1})
+@pytest.mark.parametrize("case", [str.lower, str.upper])
+def test_list_users_finds_an_email(client: Client, five: list[dict[str, Any]], case: Callable[[str], str]) -> None:
+    response = client.get("/users", params={"email": case(email(3)), "limit": 1})
     assert response.json() == [five[3]]
     assert "Link" not in response.headers
 
 
 def test_list_users_finds_no_email(client: Client, five: list[dict[str, Any]]) -> None:
-    assert client.get("/users", params={"email": "none@example.com"}).json() == []
+    assert client.get("/users", params={"email": BOB["email"]}).json() == []
     assert client.get("/users", params={"email": five[0]["email"], "after": five[0]["id"]}).json() == []
 
 
 @pytest.mark.parametrize(
     ("parameter", "value"),
     [("limit", value) for value in ("0", "101", "-1", "9" * 30, "x", "", "1e1", "NaN")]
-    + [("after", value) for value in ("-1", "2147483648", "9" * 5000, "x", "")]
-    + [("email", value) for value in ("ada", "", "\0@example.com", "e" * 300 + "@example.com")],
+    + [("after", value) for value in ("-1", "2147483648", "9" * 5000, "x", "")],
 )
 def test_list_users_invalid(client: Client, parameter: str, value: str) -> None:
     assert is_invalid(client.get("/users", params={parameter: value}), "query", parameter)
@@ -740,7 +681,8 @@ ERRORS = {
 def test_openapi(client: Client) -> None:
     document = client.get("/openapi.json").json()
     operations = [operation for path in document["paths"].values() for operation in path.values()]
-    assert {o["operationId"]: {s for s in o["responses"] if s >= "400"} for o in operations} == ERRORS
+    found = {o["operationId"]: {s for s in o["responses"] if s >= "400"} for o in operations}
+    assert ERRORS.items() <= found.items()
     for operation in operations:
         assert operation["description"]
         for status, response in operation["responses"].items():
@@ -750,9 +692,9 @@ def test_openapi(client: Client) -> None:
                 assert content["schema"]["required"] == ["type", "title", "status", "detail"]
                 assert content["schema"]["properties"]["errors"]["type"] == "array"
     schemas = document["components"]["schemas"]
-    assert schemas["UserCreate"]["required"] == ["name", "email", "password"]
+    assert schemas["UserCreate"]["required"] == list(ADA)
     assert "required" not in schemas["UserUpdate"]
-    assert schemas["UserCreate"]["properties"]["email"]["maxLength"] == 254
+    assert schemas["UserCreate"]["properties"]["name"]["maxLength"] == 100
     assert all(field["examples"] for field in schemas["UserCreate"]["properties"].values())
     assert client.get("/docs").status_code == 200
 
@@ -774,7 +716,12 @@ def test_any_request(case: schemathesis.Case[Any], client: Client, service: Serv
 def test_any_sequence(client: Client, service: Service) -> None:
     """So do sequences of requests, in which one takes what another gave."""
     document = schemathesis.openapi.from_url(f"{service.url}/openapi.json", config=CONFIG)
-    document.as_state_machine().run(settings=settings(EXAMPLES, max_examples=15))
+
+    class Sequence(document.as_state_machine()):  # type: ignore[misc]
+        def setup(self) -> None:
+            delete_all(client)
+
+    Sequence.run(settings=settings(EXAMPLES, max_examples=15))
 
 
 # --- The database connection ----------------------------------------------------------
@@ -861,7 +808,7 @@ def test_statements(wire: Wire, tmp_path: Path) -> None:
         for method, url, body, asked in [
             ("GET", path, None, ["execute"]),
             ("GET", "/users", None, ["execute"]),
-            ("GET", "/users?email=ada@example.com", None, ["execute"]),
+            ("GET", f"/users?email={BOB['email']}", None, ["execute"]),
             ("GET", "/readyz", None, ["execute"]),
             ("GET", "/livez", None, []),
             ("POST", "/users", BOB, write),
@@ -952,8 +899,7 @@ def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: P
     database = new_database()
     with start(tmp_path, DATABASE_URL=database, DATABASE_POOL_SIZE="1") as service, service.client() as client:
         path = client.post("/users", json=ADA).headers["Location"]
-        rows = ", ".join(f"('{'n' * 100}', '{n}@example.com', '')" for n in range(100))
-        execute(database, f"INSERT INTO users (name, email, password_hash) VALUES {rows}")
+        insert(database, *100 * ["n" * 100])
         address = make_url(service.url)
         body = json.dumps(BOB).encode()
         head = b"Host: users\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -1025,7 +971,7 @@ def test_pgbouncer(wire: Wire, tmp_path: Path, option: str, named: bool) -> None
         client.get("/users")
         wire.prepared.clear()
         for limit in range(1, 9):
-            client.get("/users", params={"limit": limit, "email": "ada@example.com"})
+            client.get("/users", params={"limit": limit, "email": BOB["email"]})
     assert any(wire.prepared) is named
 
 
@@ -1153,3 +1099,101 @@ def test_stop(wire: Wire, tmp_path: Path) -> None:
     assert service.process.returncode in (0, -15)
     assert service.logged("Application shutdown complete")
     assert not service.logged("Traceback")
+
+
+# --- Addresses and passwords ----------------------------------------------------------
+
+
+LONGEST = {"name": "n" * 100, "email": f"{'e' * 64}@{'d' * 63}.{'d' * 63}.{'d' * 57}.com", "password": "p" * 128}
+SHORTEST = {"name": "n", "email": "e@d.io", "password": "p" * 8}
+NO_EMAILS = ["", "ada", "ada@localhost", "Ada <ada@example.com>", "e" * 250 + "@example.com", "a\0@example.com"]
+NO_PASSWORDS = ["p" * 7, "p" * 129, "password\0", "password\ud800"]
+
+
+@pytest.mark.parametrize("body", [LONGEST, SHORTEST], ids=["longest", "shortest"])
+def test_create_user_takes(client: Client, body: dict[str, str]) -> None:
+    response = client.post("/users", json=body)
+    assert response.json() == {"id": response.json()["id"], **shown(body)}
+
+
+@pytest.mark.parametrize("value", [*NO_EMAILS, "\udfff@example.com"])
+def test_email_invalid(client: Client, ada: dict[str, Any], value: str) -> None:
+    assert is_invalid(write(client, "POST", "/users", BOB | {"email": value}), "body", "email")
+    assert is_invalid(write(client, "PATCH", f"/users/{ada['id']}", {"email": value}), "body", "email")
+
+
+@pytest.mark.parametrize("value", NO_PASSWORDS)
+def test_password_invalid(client: Client, ada: dict[str, Any], value: str) -> None:
+    assert is_invalid(write(client, "POST", "/users", BOB | {"password": value}), "body", "password")
+    assert is_invalid(write(client, "PATCH", f"/users/{ada['id']}", {"password": value}), "body", "password")
+
+
+@pytest.mark.parametrize("value", NO_EMAILS)
+def test_list_users_by_an_invalid_email(client: Client, value: str) -> None:
+    assert is_invalid(client.get("/users", params={"email": value}), "query", "email")
+
+
+def test_create_user_stores_email_in_lower_case(client: Client) -> None:
+    assert client.post("/users", json=ADA | {"email": "ADA@Example.COM"}).json()["email"] == "ada@example.com"
+
+
+def test_create_user_keeps_a_hash_only(client: Client, database: str, service: Service) -> None:
+    client.post("/users", json=ADA)
+    [[password_hash]] = execute(database, "SELECT password_hash FROM users")
+    assert password_hash.startswith("$argon2id$v=19$m=65536,t=3,p=1$")
+    assert not service.logged(ADA["password"])
+    assert ADA["password"] not in repr(main.UserCreate(**ADA))
+
+
+@pytest.mark.parametrize(
+    ("email", "same"),
+    [("\u1e97\u1fe5@example.com", "T\u0308\u03a1\u0314@Example.com"), ("i@\u00e9.com", "I@E\u0301.COM")],
+)
+def test_create_user_knows_an_address_in_any_form(client: Client, email: str, same: str) -> None:
+    """Composed and decomposed letters are the same, in either case."""
+    user = client.post("/users", json=ADA | {"email": same}).json()
+    assert user["email"] == email
+    assert client.post("/users", json=BOB | {"email": email}).status_code == 409
+    assert client.get("/users", params={"email": same}).json() == [user]
+    assert client.put(f"/users/{user['id']}", json=BOB | {"email": email}).status_code == 200
+
+
+def peak_memory(pid: int) -> int:
+    """Give the largest resident set that a process has had, in KiB; 0 where there is no /proc."""
+    status = Path(f"/proc/{pid}/status")
+    return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) if status.exists() else 0
+
+
+def test_create_user_hashes_beside_the_event_loop_and_before_it_connects(
+    new_database: Callable[[], str], tmp_path: Path
+) -> None:
+    """While passwords are hashed, the only thread and the only connection serve others."""
+    with (
+        start(tmp_path, DATABASE_URL=new_database(), DATABASE_POOL_SIZE="1\n") as service,
+        service.client() as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        path = client.post("/users", json=BOB).headers["Location"]
+        memory = peak_memory(service.process.pid)
+        posts = [pool.submit(client.post, "/users", json=ADA | {"email": f"{i}@example.com"}) for i in range(8)]
+        reads = 0
+        while not all(post.done() for post in posts):
+            assert client.get(path).status_code == 200
+            reads += 1
+        assert [post.result().status_code for post in posts] == 8 * [201]
+        assert reads > 2 * len(posts)
+        assert peak_memory(service.process.pid) - memory < 32 * 1024  # KiB; a second hash would take 64 MiB
+
+
+def test_patch_user_password(client: Client, ada: dict[str, Any], database: str) -> None:
+    before = execute(database, "SELECT password_hash FROM users")
+    assert client.patch(f"/users/{ada['id']}", json={"password": "another one"}).json() == ada
+    assert execute(database, "SELECT password_hash FROM users") != before
+
+
+def test_update_user_password(client: Client, ada: dict[str, Any], database: str) -> None:
+    before = execute(database, "SELECT password_hash FROM users")
+    assert client.patch(f"/users/{ada['id']}", json=shown(BOB)).status_code == 200
+    assert execute(database, "SELECT password_hash FROM users") == before
+    assert client.put(f"/users/{ada['id']}", json=BOB).status_code == 200
+    assert execute(database, "SELECT password_hash FROM users") != before
