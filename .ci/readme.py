@@ -19,11 +19,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def blocks(text: str, heading: str) -> list[tuple[str, str]]:
+    """Give the languages and contents of the fenced blocks under a heading."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+
+
 def block(heading: str, language: str) -> str:
-    """Give the first fenced block of a language under a heading."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    return found[0]
+    """Give the first block of a language under a heading of README.md."""
+    return next(content for found, content in blocks(README, heading) if found == language)
 
 
 def replay(transcript: str, url: str) -> int:
@@ -93,16 +97,17 @@ def untested() -> set[str]:
     return set(re.findall(r"`(test_\w+)`", README)) - set(re.findall(r"def (test_\w+)", tests))
 
 
-match sys.argv[1:]:
-    case ["test"]:
-        if untested():
-            sys.exit(f"README.md names tests that are not there: {untested()}")
-        sys.exit(subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT).returncode)
-    case ["run"]:
-        sys.exit(run())
-    case ["deploy"]:
-        sys.exit(deploy())
-    case ["show", heading, language]:
-        print(block(heading, language), end="")
-    case _:
-        sys.exit(__doc__)
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["test"]:
+            if untested():
+                sys.exit(f"README.md names tests that are not there: {untested()}")
+            sys.exit(subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT).returncode)
+        case ["run"]:
+            sys.exit(run())
+        case ["deploy"]:
+            sys.exit(deploy())
+        case ["show", heading, language]:
+            print(block(heading, language), end="")
+        case _:
+            sys.exit(__doc__)
