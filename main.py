@@ -64,7 +64,7 @@ class User(UserBase, table=True):
 class UserPublic(UserBase):
     id: int
     email: str  # as it was checked when it came in
-    __new__, __init__ = BaseModel.__new__, BaseModel.__init__  # SQLModel's own are Python, for each row
+    __new__, __init__ = BaseModel.__new__, BaseModel.__init__  # SQLModel's own run Python for each row
 
 
 class UserCreate(UserBase):
@@ -158,9 +158,9 @@ async def answer(request: Request, error: Exception) -> Response:
             more = {"errors": [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]}
         case exc.NoResultFound():
             status, detail = 404, "There is no such user."
-        case exc.IntegrityError():
+        case exc.IntegrityError() if "unique" in repr(error.driver_exception).lower():
             status, detail = 409, "The email is taken."
-        case OSError() | exc.DBAPIError():
+        case OSError() | exc.DBAPIError():  # TimeoutError is an OSError
             status, detail, headers = 503, "The database does not answer.", {"Retry-After": "5"}
             logger.error("%s %r", detail, error)
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
@@ -173,8 +173,8 @@ async def authorize(token: Annotated[security.HTTPAuthorizationCredentials, Depe
         raise HTTPException(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
 
 
-Problem = create_model("Problem", type=str, title=str, status=int, detail=str, errors=(list, []))  # RFC 9457
-PROBLEM = {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
+schema = create_model("Problem", type=str, title=str, status=int, detail=str, errors=(list, [])).model_json_schema()
+PROBLEM = {"content": {"application/problem+json": {"schema": schema}}}  # RFC 9457
 app = FastAPI(title="Users", lifespan=lifespan, max_body_size=65536, generate_unique_id_function=lambda r: r.name)
 for kind in HTTPException, exceptions.RequestValidationError, exc.NoResultFound, exc.DBAPIError, OSError, Exception:
     app.add_exception_handler(kind, answer)
@@ -232,7 +232,7 @@ async def list_users(response: Response, limit: Limit = 50, after: After = 0, em
         rows = (await connection.execute(query, {"after": after, "limit": limit + 1})).all()
     if len(rows) > limit:
         response.headers["Link"] = f'</users?limit={limit}&after={rows[limit - 1].id}>; rel="next"'
-    return [dict(zip(UserPublic.model_fields, row, strict=True)) for row in rows[:limit]]
+    return [dict(zip(UserPublic.model_fields, row, strict=True)) for row in rows[:limit]]  # checked faster
 
 
 app.include_router(router, responses=dict.fromkeys((401, 413, 422, 503), PROBLEM))

@@ -372,20 +372,20 @@ def test_create_user_without_a_transaction(new_database: Callable[[], str], tmp_
         service.wait_for("Autobegin is disabled on this Session", 3)
 
 
-def test_create_user_commits_before_it_answers(client: Client, database: str) -> None:
+@pytest.mark.parametrize(("violation", "status"), [("unique_violation", 409), ("check_violation", 503)])
+def test_create_user_commits_before_it_answers(client: Client, database: str, violation: str, status: int) -> None:
     """A commit that fails is no 201. SQLite checks nothing as late as that."""
     if database.startswith("sqlite"):
         pytest.skip("PostgreSQL only")
-    execute(
-        database, "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE unique_violation; END'"
-    )
+    body = f"'BEGIN RAISE {violation}; END'"
+    execute(database, f"CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS {body}")
     execute(
         database,
         "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED"
         " FOR EACH ROW EXECUTE FUNCTION refuse()",
     )
     try:
-        assert client.post("/users", json=ADA).status_code == 409
+        assert client.post("/users", json=ADA).status_code == status
     finally:
         execute(database, "DROP TRIGGER late ON users")
 
