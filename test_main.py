@@ -721,7 +721,7 @@ def test_any_sequence(client: Client, service: Service) -> None:
         def setup(self) -> None:
             delete_all(client)
 
-    Sequence.run(settings=settings(EXAMPLES, max_examples=15))
+    Sequence.run(settings=settings(EXAMPLES, max_examples=8))
 
 
 # --- The database connection ----------------------------------------------------------
