@@ -85,7 +85,7 @@ class UserUpdate(UserCreate):
 
 
 for field in UserUpdate.model_fields.values():
-    field.default_factory = lambda: None  # not required, yet never null
+    field.default = None  # not required, yet never null
 UserUpdate.model_rebuild(force=True)
 
 # --- Database -------------------------------------------------------------------------

@@ -35,7 +35,8 @@ import main
 HERE = Path(__file__).parent
 
 # The examples of the OpenAPI document, the first and the last of each.
-FIELDS = main.UserCreate.model_json_schema()["properties"]
+SCHEMA = main.UserCreate.model_json_schema()
+FIELDS, REQUIRED = SCHEMA["properties"], SCHEMA["required"]
 ADA, BOB = ({name: field["examples"][index] for name, field in FIELDS.items()} for index in (0, -1))
 
 # --- Databases and services -----------------------------------------------------------
@@ -282,7 +283,7 @@ def test_create_user_invalid(client: Client, field: str, value: object) -> None:
     assert is_invalid(write(client, "POST", "/users", ADA | {field: value}), "body", field)
 
 
-@pytest.mark.parametrize("field", ADA)
+@pytest.mark.parametrize("field", REQUIRED)
 def test_create_user_incomplete(client: Client, field: str) -> None:
     assert is_invalid(client.post("/users", json={k: v for k, v in ADA.items() if k != field}), "body", field)
 
@@ -445,7 +446,7 @@ def test_update_user(client: Client, ada: dict[str, Any]) -> None:
     assert client.get("/users").json() == [response.json()]
 
 
-@pytest.mark.parametrize("field", ADA)
+@pytest.mark.parametrize("field", REQUIRED)
 def test_update_user_incomplete(client: Client, ada: dict[str, Any], field: str) -> None:
     response = client.put(f"/users/{ada['id']}", json={k: v for k, v in BOB.items() if k != field})
     assert is_invalid(response, "body", field)
@@ -458,6 +459,8 @@ def test_update_user_to_a_default(new_database: Callable[[], str], tmp_path: Pat
         path = client.post("/users", json=ADA | {"motto": "some"}).headers["Location"]
         assert client.patch(path, json={"name": "Ada"}).json()["motto"] == "some"
         assert client.put(path, json=ADA).json()["motto"] == "none"
+        properties = client.get("/openapi.json").json()["components"]["schemas"]["UserUpdate"]["properties"]
+        assert not any("default" in field for field in properties.values())
 
 
 @pytest.mark.parametrize(("method", "body"), [("PUT", BOB), ("PATCH", {"email": BOB["email"].upper()})])
@@ -692,7 +695,7 @@ def test_openapi(client: Client) -> None:
                 assert content["schema"]["required"] == ["type", "title", "status", "detail"]
                 assert content["schema"]["properties"]["errors"]["type"] == "array"
     schemas = document["components"]["schemas"]
-    assert schemas["UserCreate"]["required"] == list(ADA)
+    assert schemas["UserCreate"]["required"] == REQUIRED
     assert "required" not in schemas["UserUpdate"]
     assert schemas["UserCreate"]["properties"]["name"]["maxLength"] == 100
     assert all(field["examples"] for field in schemas["UserCreate"]["properties"].values())
@@ -1112,8 +1115,7 @@ NO_PASSWORDS = ["p" * 7, "p" * 129, "password\0", "password\ud800"]
 
 @pytest.mark.parametrize("body", [LONGEST, SHORTEST], ids=["longest", "shortest"])
 def test_create_user_takes(client: Client, body: dict[str, str]) -> None:
-    response = client.post("/users", json=body)
-    assert response.json() == {"id": response.json()["id"], **shown(body)}
+    assert shown(body).items() <= client.post("/users", json=body).json().items()
 
 
 @pytest.mark.parametrize("value", [*NO_EMAILS, "\udfff@example.com"])
