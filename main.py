@@ -10,6 +10,7 @@ from http import HTTPStatus
 from secrets import compare_digest
 from typing import Annotated, Any, NoReturn
 
+from anyio import CapacityLimiter, fail_after, to_thread
 from argon2 import PasswordHasher
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response, exceptions, responses, security
@@ -46,7 +47,7 @@ DEADLINE = 4 if POSTGRES else 2.5  # seconds for the database; what SQLite has b
 # --- Models: make them yours here, README.md says how ---------------------------------
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
 Email = Annotated[Text, AfterValidator(lambda e: validate_email(e.lower(), check_deliverability=False).normalized)]
-hasher, hashing = PasswordHasher(parallelism=1), asyncio.Lock()  # one at a time, on one core: each takes 64 MiB
+hasher, queue = PasswordHasher(parallelism=1), CapacityLimiter(1)  # one at a time, on one core: each takes 64 MiB
 
 
 class UserBase(SQLModel):
@@ -75,8 +76,8 @@ class UserCreate(UserBase):
         """Give the columns to write."""
         columns = self.model_dump(exclude_unset=isinstance(self, UserUpdate))
         if "password" in columns:  # a hash takes its place
-            async with hashing:
-                columns["password_hash"] = await asyncio.to_thread(hasher.hash, columns.pop("password"))
+            with fail_after(10):  # in the queue; a hash that has begun is not given up
+                columns["password_hash"] = await to_thread.run_sync(hasher.hash, columns.pop("password"), limiter=queue)
         return columns
 
 
@@ -122,7 +123,6 @@ public = [users.c[name] for name in UserPublic.model_fields]
 INSERT = insert(users).returning(*public)  # built once: building costs more than running
 READ = select(*public).where(users.c.id == bindparam("user_id"))
 UPDATE = update(users).where(users.c.id == bindparam("user_id")).returning(*public)
-DELETE = delete(users).where(users.c.id == bindparam("user_id")).returning(users.c.id)
 LIST = select(*public).where(users.c.id > bindparam("after")).order_by(users.c.id).limit(bindparam("limit"))
 
 
@@ -161,7 +161,7 @@ async def answer(request: Request, error: Exception) -> Response:
         case exc.IntegrityError() if "unique" in repr(error.driver_exception).lower():
             status, detail = 409, "The email is taken."
         case OSError() | exc.DBAPIError():  # TimeoutError is an OSError
-            status, detail, headers = 503, "The database does not answer.", {"Retry-After": "5"}
+            status, detail, headers = 503, "The service is busy, or its database does not answer.", {"Retry-After": "5"}
             logger.error("%s %r", detail, error)
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
     return responses.JSONResponse(content, status, headers, "application/problem+json")
@@ -215,7 +215,7 @@ async def update_user(user_id: Id, user: UserCreate, session: Session) -> Any:
 async def delete_user(user_id: Id, session: Session) -> None:
     """Delete a user."""
     async with asyncio.timeout(DEADLINE), session.begin():
-        (await session.exec(DELETE, params={"user_id": user_id})).one()
+        (await session.exec(delete(users).where(users.c.id == user_id).returning(users.c.id))).one()
 
 
 @router.patch("/{user_id}", response_model=UserPublic, responses={400: PROBLEM, 404: PROBLEM, 409: PROBLEM})

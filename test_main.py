@@ -841,10 +841,10 @@ def test_outage(wire: Wire, tmp_path: Path) -> None:
             ("DELETE", path, None),
         ]:
             response = client.request(method, url, json=body)
-            assert is_problem(response, 503, "The database does not answer.")
+            assert is_problem(response, 503, "The service is busy, or its database does not answer.")
             assert response.headers["Retry-After"] == "5"
         assert client.get("/livez").status_code == 200
-        assert len(service.logged("The database does not answer. ConnectionRefusedError")) == 7
+        assert len(service.logged("its database does not answer. ConnectionRefusedError")) == 7
         assert not service.logged("Traceback")
         wire.mend()
         assert client.get(path).status_code == 200
@@ -922,7 +922,7 @@ def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: P
                 assert client.get(path).status_code == 200
                 assert client.patch(path, json={"name": f"name {number}"}).status_code == 200
             assert len(service.logged("GET /users.limit")) < 1000  # it does not read, really
-        assert not service.logged("The database does not answer")
+        assert not service.logged("its database does not answer")
 
 
 # --- Start and stop -------------------------------------------------------------------
@@ -1190,6 +1190,20 @@ def test_create_user_hashes_beside_the_event_loop_and_before_it_connects(
             reads += 1
         assert [post.result().status_code for post in posts] == 8 * [201]
         assert reads > 2 * len(posts)
+        assert peak_memory(service.process.pid) - memory < 32 * 1024  # KiB; a second hash would take 64 MiB
+
+
+def test_create_user_waits_for_its_hash_no_longer_than_the_limit(
+    new_database: Callable[[], str], tmp_path: Path
+) -> None:
+    """Who has gone away from a queue of passwords, or came late to it, holds nobody up."""
+    copy = change_main(tmp_path, "fail_after(10)", "fail_after(0.5)")
+    with start(tmp_path, copy, DATABASE_URL=new_database()) as service, service.client() as client:
+        client.post("/users", json=ADA)
+        memory = peak_memory(service.process.pid)
+        statuses = at_once(lambda number: client.post("/users", json=ADA | {"email": email(number)}), 40)
+        assert set(statuses) == {201, 503}
+        assert client.post("/users", json=BOB).status_code == 201
         assert peak_memory(service.process.pid) - memory < 32 * 1024  # KiB; a second hash would take 64 MiB
 
 
