@@ -23,5 +23,6 @@ USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --start-period=40s CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/livez', timeout=3)"]
 
-# It stops within the 30 s that an orchestrator grants (`docker stop` 10, if not told), and keeps connections longer than the 60 s of a load balancer.
+# It stops within the 30 s that an orchestrator grants (`docker stop` grants 10, if not told), and keeps connections
+# longer than the 60 s of a load balancer.
 CMD ["uvicorn", "main:app", "--host=0.0.0.0", "--port=8000", "--timeout-graceful-shutdown=20", "--timeout-keep-alive=75"]
