@@ -39,6 +39,17 @@ SCHEMA = main.UserCreate.model_json_schema()
 FIELDS, REQUIRED = SCHEMA["properties"], SCHEMA["required"]
 ADA, BOB = ({name: field["examples"][index] for name, field in FIELDS.items()} for index in (0, -1))
 
+BUSY = "The service is busy, or its database does not answer."
+REQUESTS: list[tuple[str, str, object]] = [  # one to each route that needs the database
+    ("GET", "/users/1", None),
+    ("GET", "/users", None),
+    ("GET", "/readyz", None),
+    ("POST", "/users", BOB),
+    ("PUT", "/users/1", BOB),
+    ("PATCH", "/users/1", {"name": "n"}),
+    ("DELETE", "/users/1", None),
+]
+
 # --- Databases and services -----------------------------------------------------------
 
 
@@ -831,17 +842,9 @@ def test_outage(wire: Wire, tmp_path: Path) -> None:
     with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
         path = client.post("/users", json=ADA).headers["Location"]
         wire.cut()
-        for method, url, body in [
-            ("GET", path, None),
-            ("GET", "/users", None),
-            ("GET", "/readyz", None),
-            ("POST", "/users", BOB),
-            ("PUT", path, ADA),
-            ("PATCH", path, {"name": "n"}),
-            ("DELETE", path, None),
-        ]:
+        for method, url, body in REQUESTS:
             response = client.request(method, url, json=body)
-            assert is_problem(response, 503, "The service is busy, or its database does not answer.")
+            assert is_problem(response, 503, BUSY)
             assert response.headers["Retry-After"] == "5"
         assert client.get("/livez").status_code == 200
         assert len(service.logged("its database does not answer. ConnectionRefusedError")) == 7

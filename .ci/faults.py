@@ -29,7 +29,8 @@ from sqlalchemy import make_url
 
 from test_main import (
     ADA,
-    BOB,
+    BUSY,
+    REQUESTS,
     Service,
     Wire,
     at_once,
@@ -109,16 +110,6 @@ def connections(database: str, server: Server) -> int:
     return int(count)
 
 
-REQUESTS: list[tuple[str, str, object]] = [  # one to each route that needs the database
-    ("GET", "/users/1", None),
-    ("GET", "/users", None),
-    ("GET", "/readyz", None),
-    ("POST", "/users", BOB),
-    ("PUT", "/users/1", BOB),
-    ("PATCH", "/users/1", {"name": "n"}),
-    ("DELETE", "/users/1", None),
-]
-
 # --- The database goes away -----------------------------------------------------------
 
 
@@ -169,7 +160,7 @@ def test_database_down(server: Server, postgres: str, tmp_path: Path) -> None:
             if response.status == 503:
                 assert response.headers["Retry-After"] == "5"
                 assert response.headers["Content-Type"] == "application/problem+json"
-                assert json.loads(content)["detail"] == "The service is busy, or its database does not answer."
+                assert json.loads(content)["detail"] == BUSY
             return response.status, time.monotonic() - before
 
         status, healthy = call("POST", "/users", ADA)
@@ -180,11 +171,7 @@ def test_database_down(server: Server, postgres: str, tmp_path: Path) -> None:
             assert status == 503
             assert seconds < 1 + healthy
         assert call("GET", "/livez")[0] == 200
-        assert (
-            len(service.logged("ERROR"))
-            == len(service.logged("The service is busy, or its database does not answer. .+Error"))
-            == 7
-        )
+        assert len(service.logged("ERROR")) == len(service.logged(f"{BUSY} .+Error")) == 7
         assert not service.logged("Traceback")
         server.start()
         assert call("GET", "/users/1")[0] == 200
@@ -200,7 +187,7 @@ def test_database_frozen(postgres: str, tmp_path: Path) -> None:
         with ThreadPoolExecutor(len(REQUESTS)) as pool:
             responses = list(pool.map(lambda r: client.request(r[0], r[1], json=r[2]), REQUESTS))
         for response in responses:
-            assert is_problem(response, 503, "The service is busy, or its database does not answer.")
+            assert is_problem(response, 503, BUSY)
             assert response.elapsed < timedelta(seconds=5) + 2 * slowest
         ready = next(response for response in responses if response.url.path == "/readyz")
         assert ready.elapsed == min(response.elapsed for response in responses)
@@ -237,7 +224,7 @@ def test_pool_exhausted(server: Server, database: str, tmp_path: Path) -> None:
                         assert connections(database, server) <= 1 + 2  # the lock's own
                 for patched in patches:
                     response = patched.result()
-                    assert is_problem(response, 503, "The service is busy, or its database does not answer.")
+                    assert is_problem(response, 503, BUSY)
                     assert response.elapsed < timedelta(seconds=5) + 2 * user.elapsed
             assert client.get("/users").json() == [user.json()]
             assert at_once(patch, 40) == 40 * [200]

@@ -35,6 +35,11 @@ class Copy:
             shutil.copy(ROOT / name, directory)
         (directory / ".venv").symlink_to(sys.prefix)
 
+    @property
+    def option(self) -> str:
+        """Give the option that runs it."""
+        return f"--app-dir={self.directory}"
+
     def run(self, *command: str, given: str = "") -> None:
         subprocess.run(command, cwd=self.directory, env=self.environment, input=given, text=True, check=True)
 
@@ -90,7 +95,7 @@ def test_changing_the_schema(copy: Copy, new_database: Callable[[], str], tmp_pa
         copy.follow([*setting_up, first_revision, change, upgrade])
         assert client.get("/users").json() == [ada]
         bob = client.post("/users", json=BOB).json()
-        with start(tmp_path, f"--app-dir={copy.directory}", DATABASE_URL=database) as new, new.client() as newer:
+        with start(tmp_path, copy.option, DATABASE_URL=database) as new, new.client() as newer:
             assert newer.patch(f"/users/{bob['id']}", json={"motto": "after you"}).status_code == 200
             assert newer.get("/users").json() == [ada | {"motto": ""}, bob | {"motto": "after you"}]
             assert newer.get("/openapi.json").status_code == 200
@@ -100,7 +105,7 @@ def test_changing_the_schema(copy: Copy, new_database: Callable[[], str], tmp_pa
     empty = new_database()
     copy.environment["DATABASE_URL"] = empty
     copy.run(".venv/bin/alembic", "upgrade", "head")
-    with start(tmp_path, f"--app-dir={copy.directory}", DATABASE_URL=empty) as service, service.client() as client:
+    with start(tmp_path, copy.option, DATABASE_URL=empty) as service, service.client() as client:
         assert client.post("/users", json=ADA | {"motto": "first"}).json()["motto"] == "first"
 
 
@@ -117,8 +122,10 @@ def test_a_copied_table_keeps_what_refers_to_it(copy: Copy, tmp_path: Path) -> N
     copy.environment["DATABASE_URL"] = f"sqlite:///{tmp_path}/users.db"
     copy.run(".venv/bin/alembic", "revision", "--autogenerate", "-m", "users")
     copy.run(".venv/bin/alembic", "upgrade", "head")
-    option = f"--app-dir={copy.directory}"
-    with start(tmp_path, option, DATABASE_URL=copy.environment["DATABASE_URL"]) as service, service.client() as client:
+    with (
+        start(tmp_path, copy.option, DATABASE_URL=copy.environment["DATABASE_URL"]) as service,
+        service.client() as client,
+    ):
         path = client.post("/users", json=ADA).headers["Location"]
         post = client.post(f"{path}/posts", json={"title": "title", "text": ""}).json()
         copy.run(".venv/bin/alembic", "revision", "-m", "batch")
@@ -171,7 +178,7 @@ def test_seeing_inside(copy: Copy, new_database: Callable[[], str], tmp_path: Pa
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.server_port}",
         "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
     }
-    with start(tmp_path, f"--app-dir={copy.directory}", **variables) as service, service.client() as client:
+    with start(tmp_path, copy.option, **variables) as service, service.client() as client:
         assert client.post("/users", json=ADA).status_code == 201
         assert client.post("/users", json=BOB | {"password": "s3cret"}).status_code == 422
         assert client.post("/users", json=ADA).status_code == 409
