@@ -149,17 +149,17 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def answer(request: Request, error: Exception) -> Response:
     """Turn every error into a problem (RFC 9457)."""
-    status, detail, headers, more = 500, "The service failed.", None, {}
+    status, detail, headers, more = 500, "The service failed.", {"Connection": "close"}, {}  # as uvicorn will
     match error:
         case HTTPException():
-            status, detail, headers = error.status_code, error.detail, error.headers
+            status, detail, headers = error.status_code, error.detail, dict(error.headers or {})
         case exceptions.RequestValidationError():
-            status, detail = 422, "The request is not valid."
+            status, detail, headers = 422, "The request is not valid.", {}
             more = {"errors": [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]}
         case exc.NoResultFound():
-            status, detail = 404, "There is no such user."
+            status, detail, headers = 404, "There is no such user.", {}
         case exc.IntegrityError() if "unique" in repr(error.driver_exception).lower():
-            status, detail = 409, "The email is taken."
+            status, detail, headers = 409, "The email is taken.", {}
         case OSError() | exc.DBAPIError():  # TimeoutError is an OSError
             status, detail, headers = 503, "The service is busy, or its database does not answer.", {"Retry-After": "5"}
             logger.error("%s %r", detail, error)
