@@ -30,6 +30,7 @@ from sqlalchemy import make_url
 from test_main import (
     ADA,
     BUSY,
+    CHEAP,
     REQUESTS,
     Service,
     Wire,
@@ -42,8 +43,6 @@ from test_main import (
     start,
     temporary_database,
 )
-
-CHEAP = "PasswordHasher(parallelism=1)", "PasswordHasher(1, 8, 1)"  # hashes, so that a storm reaches the database
 
 
 def kill(pid: int) -> None:
