@@ -463,11 +463,11 @@ def test_update_user_incomplete(client: Client, ada: dict[str, Any], field: str)
 
 def test_update_user_to_a_default(new_database: Callable[[], str], tmp_path: Path) -> None:
     """A field that has a default is replaced as well, and changed by nothing but its name."""
-    copy = change_main(tmp_path, "    email: Email", '    motto: Text = Field(default="none")\n    email: Email')
+    copy = change_main(tmp_path, "    email: Email", '    pronoun: Text = Field(default="none")\n    email: Email')
     with start(tmp_path, copy, DATABASE_URL=new_database()) as service, service.client() as client:
-        path = client.post("/users", json=ADA | {"motto": "some"}).headers["Location"]
-        assert client.patch(path, json={"name": "Ada"}).json()["motto"] == "some"
-        assert client.put(path, json=ADA).json()["motto"] == "none"
+        path = client.post("/users", json=ADA | {"pronoun": "some"}).headers["Location"]
+        assert client.patch(path, json={"name": "Ada"}).json()["pronoun"] == "some"
+        assert client.put(path, json=ADA).json()["pronoun"] == "none"
         properties = client.get("/openapi.json").json()["components"]["schemas"]["UserUpdate"]["properties"]
         assert not any("default" in field for field in properties.values())
 
@@ -1115,8 +1115,8 @@ NO_PASSWORDS = ["p" * 7, "p" * 129, "password\0", "password\ud800"]
 
 @pytest.mark.parametrize("body", [LONGEST, SHORTEST], ids=["longest", "shortest"])
 def test_create_user_takes(client: Client, body: dict[str, str]) -> None:
-    response = client.post("/users", json=body)
-    assert response.json() == {"id": response.json()["id"], **shown(body)}
+    response = client.post("/users", json=ADA | body)
+    assert response.json() == {"id": response.json()["id"], **shown(ADA | body)}
 
 
 @pytest.mark.parametrize("value", [*NO_EMAILS, "\udfff@example.com"])
