@@ -1191,10 +1191,11 @@ CHEAP = "PasswordHasher(parallelism=1)", "PasswordHasher(1, 8, 1)"  # hashes, so
 
 
 def test_create_user_twenty_at_once(new_database: Callable[[], str], tmp_path: Path) -> None:
-    copy = change_main(tmp_path, *CHEAP)
-    with start(tmp_path, copy, "--workers=2", DATABASE_URL=new_database()) as service, service.client() as client:
-        service.wait_for("Application startup complete", 2)
-        assert at_once(lambda _: client.post("/users", json=ADA), 20) == [201] + 19 * [409]
+    copy, database = change_main(tmp_path, *CHEAP), new_database()
+    with ExitStack() as stack:
+        services = [stack.enter_context(start(tmp_path, copy, DATABASE_URL=database)) for _ in range(2)]
+        clients = [stack.enter_context(service.client()) for service in services]
+        assert at_once(lambda i: clients[i % 2].post("/users", json=ADA), 20) == [201] + 19 * [409]
 
 
 def peak_memory(pid: int) -> int:
