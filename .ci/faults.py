@@ -433,8 +433,7 @@ def test_hashing_under_attack(database: str, tmp_path: Path) -> None:
                 attacked = slow_read()
             finally:
                 over.set()
-        statuses = set.union(*(attacker.result() for attacker in attackers))
-        assert {201} <= statuses <= {201, 503}  # on a slow machine twenty may take more than 10 s
+        assert set.union(*(attacker.result() for attacker in attackers)) == {201}
         assert attacked < max(10 * idle, 0.05)  # a hiccup of the machine is no attack
         assert peak_memory(service.process.pid) - memory < 32 * 1024  # KiB: no second hash beside the first
 
