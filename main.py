@@ -1,250 +1,528 @@
-"""A users service in one file, on FastAPI and SQLModel: `uvicorn main:app`."""  # SPDX-License-Identifier: MIT
+"""A users service in one file, on FastAPI and SQLModel: `uvicorn main:app`.
+
+SPDX-License-Identifier: MIT
+"""
 
 import asyncio
-import gc
 import logging
-import os
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from secrets import compare_digest
-from typing import Annotated, Any, NoReturn
+from traceback import format_tb
+from typing import Annotated, Any
+from urllib.parse import urlencode
 
-from anyio import CapacityLimiter, fail_after, to_thread
+import asyncpg
+import sqlalchemy as sa
 from argon2 import PasswordHasher
 from email_validator import validate_email
-from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response, exceptions, responses, security
-from pydantic import AfterValidator, BaseModel, StringConstraints, create_model
-from sqlalchemy import bindparam, delete, event, exc, insert, make_url, select, update
-from sqlalchemy.ext.asyncio import create_async_engine
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import MISSING, AfterValidator, BaseModel, StringConstraints, ValidationError
+from pydantic_settings import BaseSettings
+from sqlalchemy import event, exc, orm
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlmodel import Field, SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("uvicorn.error")  # the server's own
 
-
-def refuse(variable: str, reason: str) -> NoReturn:
-    logger.critical("%s: %s", variable, reason)
-    os._exit(3)  # SystemExit would end in a traceback; by this code uvicorn knows not to try again
+# --- Settings -------------------------------------------------------------------------
 
 
-API_TOKEN = os.environ.get("API_TOKEN", "").strip()
-if "API_TOKEN" in os.environ and not (API_TOKEN and API_TOKEN.isascii() and API_TOKEN.isprintable()):
-    refuse("API_TOKEN", "set, but not to one or more printable ASCII characters")
-POOL_SIZE = os.environ.get("DATABASE_POOL_SIZE", "10").strip()
-if POOL_SIZE not in map(str, range(1, 1001)):
-    refuse("DATABASE_POOL_SIZE", f"{POOL_SIZE!r} is not a number of connections from 1 to 1000")
+def check_database_url(text: str) -> str:
+    with suppress(Exception):  # what it says may hold the password
+        url = sa.make_url(text)
+        match url.get_backend_name():
+            case "postgres" | "postgresql" if url.database and "schema" not in url.query:
+                return text
+            case "sqlite" if url.database not in (None, "", ":memory:") and not url.host:
+                return text
+    raise ValueError(
+        "neither postgresql://login:password@host/name (without schema) nor sqlite:///file.db"
+    )
+
+
+class Settings(BaseSettings):
+    """Each is an environment variable of the same name, in capitals."""
+
+    model_config = {"str_strip_whitespace": True, "hide_input_in_errors": True}
+
+    database_url: Annotated[str, AfterValidator(check_database_url)] = "sqlite:///users.db"
+    database_pool_size: int = Field(default=10, ge=1, le=1000)  # a worker's, on PostgreSQL
+    api_token: Annotated[str, StringConstraints(pattern="^[ -~]+$")] | None = None
+
+
 try:
-    url = make_url(os.environ.get("DATABASE_URL", "sqlite:///users.db").strip())
-    POSTGRES = {"postgres": True, "postgresql": True, "sqlite": False}[url.get_backend_name()]
-    if url.database in (None, "", ":memory:") or (url.host and not POSTGRES):
-        raise ValueError
-except Exception:  # what it says may hold the password
-    refuse("DATABASE_URL", "neither postgresql://login:password@host/name nor sqlite:///file.db")
-DEADLINE = 4 if POSTGRES else 2.5  # seconds for the database; what SQLite has begun may take 2 more
+    settings = Settings()
+except ValidationError as error:
+    for e in error.errors():
+        reason = e["msg"].removeprefix("Value error, ")
+        logger.critical("%s: %s", str(e["loc"][0]).upper(), reason)
+    sys.exit(3)  # uvicorn's own code for a start that failed: it does not try again
 
-# --- Models: make them yours here, README.md says how ---------------------------------
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]  # PostgreSQL stores no NUL
-Email = Annotated[Text, AfterValidator(lambda e: validate_email(e.lower(), check_deliverability=False).normalized)]
-hasher, queue = PasswordHasher(parallelism=1), CapacityLimiter(1)  # one at a time, on one core: each takes 64 MiB
+# --- Models ---------------------------------------------------------------------------
+
+
+def normalize(email: str) -> str:
+    return validate_email(email.lower(), check_deliverability=False).normalized
+
+
+NO_NUL = StringConstraints(pattern=r"^[^\x00]*$")  # PostgreSQL cannot store it
+Name = Annotated[str, Field(min_length=1, max_length=100), NO_NUL]
+Email = Annotated[str, Field(max_length=254), NO_NUL, AfterValidator(normalize)]
+Password = Annotated[str, Field(min_length=8, max_length=128), NO_NUL]
+ADA: Any = {"name": "Ada Lovelace", "email": "ada@example.com", "password": "correct horse"}
 
 
 class UserBase(SQLModel):
-    name: Text = Field(min_length=1, max_length=100, schema_extra={"examples": ["Ada Lovelace", "Bob"]})
-    email: Email = Field(max_length=254, unique=True, schema_extra={"examples": ["ada@example.com", "bob@example.com"]})
+    name: Name
+    email: Email = Field(unique=True)
 
 
 class User(UserBase, table=True):
     __tablename__ = "users"
-    __table_args__ = {"sqlite_autoincrement": True}  # no id is used twice
+    __table_args__ = {"sqlite_autoincrement": True}  # or SQLite gives a deleted user's id again
+
     id: int | None = Field(default=None, primary_key=True)
     password_hash: str
 
 
-class UserPublic(UserBase):
+class UserPublic(BaseModel):
     id: int
-    email: str  # as it was checked when it came in
-    __new__, __init__ = BaseModel.__new__, BaseModel.__init__  # SQLModel's own run Python for each row
+    name: str
+    email: str
 
 
 class UserCreate(UserBase):
+    model_config = {"extra": "forbid", "json_schema_extra": {"examples": [ADA]}}
+
+    password: Password = Field(repr=False)
+
+
+class UserUpdate(SQLModel):
     model_config = {"extra": "forbid"}
-    password: Text = Field(min_length=8, max_length=128, repr=False, schema_extra={"examples": ["correct horse"]})
 
-    async def to_columns(self) -> dict[str, Any]:
-        """Give the columns to write."""
-        columns = self.model_dump(exclude_unset=isinstance(self, UserUpdate))
-        if "password" in columns:  # a hash takes its place
-            with fail_after(10):  # in the queue; a hash that has begun is not given up
-                columns["password_hash"] = await to_thread.run_sync(hasher.hash, columns.pop("password"), limiter=queue)
-        return columns
+    name: Name | MISSING = MISSING
+    email: Email | MISSING = MISSING
+    password: Password | MISSING = Field(default=MISSING, repr=False)
 
 
-class UserUpdate(UserCreate):
-    """Any of the fields of UserCreate: what is not given stays as it is."""
+hasher = PasswordHasher(parallelism=1)
+hashing = ThreadPoolExecutor(max_workers=1)  # one at a time: each takes a core and 64 MiB
 
 
-for field in UserUpdate.model_fields.values():
-    field.default = None  # not required, yet never null
-UserUpdate.model_rebuild(force=True)
+async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
+    """Give what to write, a hash for the password; TimeoutError: 10 s in the queue."""
+    columns = user.model_dump()
+    if "password" in columns:
+        loop, password = asyncio.get_running_loop(), columns.pop("password")
+        async with asyncio.timeout(10):
+            columns["password_hash"] = await loop.run_in_executor(hashing, hasher.hash, password)
+    return columns
+
 
 # --- Database -------------------------------------------------------------------------
-options = {"isolation_level": "AUTOCOMMIT", "max_overflow": 0, "hide_parameters": True}  # a read is one round trip
+
+DEADLINE = 2.5  # seconds for a statement or a transaction, the wait for a connection included
+
+url = sa.make_url(settings.database_url)
+POSTGRES = url.get_backend_name() != "sqlite"
+FOREIGN = {"channel_binding", "connect_timeout", "connection_limit", "gssencmode", "pool_timeout"}
+FOREIGN |= {"keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval"}
+if unknown := sorted(FOREIGN & url.query.keys()):
+    logger.warning("DATABASE_URL: %s: left out, as asyncpg does not know it", ", ".join(unknown))
+dsn = url.set(drivername="postgresql").difference_update_query([*FOREIGN, "pgbouncer"])
+cache = 0 if url.query.get("pgbouncer") == "true" else 100
+
+
+async def connect() -> Any:
+    """Connect to PostgreSQL; ConnectionError: no such host, port or socket."""
+    try:
+        return await asyncpg.connect(dsn.render_as_string(False), statement_cache_size=cache)
+    except OSError as error:
+        raise ConnectionError(error) from error
+
+
+def replace_closed(connection: Any, *_: object) -> None:
+    """Have the pool replace what the server has closed: to see that takes no round trip."""
+    if connection.driver_connection.is_closed():
+        raise exc.DisconnectionError
+
+
+def discard_read_only(context: Any) -> None:
+    """Have the pool replace connections to what has become a standby."""
+    if getattr(context.original_exception, "sqlstate", None) == "25006":
+        context.is_disconnect = True
+
+
+def limit_close(connection: Any, _: object) -> None:
+    """Leave it a moment to cancel its statement, but do not wait for a frozen server."""
+    asyncio.get_running_loop().call_later(0.5, connection.driver_connection.terminate)
+
+
+# On `autocommit` a statement is a transaction of its own, on `engine` it is part of one.
+options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "hide_parameters": True}
 if POSTGRES:
-    dsn = url.set(drivername="postgresql").difference_update_query(["channel_binding", "pgbouncer"])
-    cache = 0 if url.query.get("pgbouncer") == "true" else 100
-    args = {"dsn": dsn.render_as_string(hide_password=False), "statement_cache_size": cache}
-    engine = create_async_engine("postgresql+asyncpg://", connect_args=args, pool_size=int(POOL_SIZE), **options)
-
-    @event.listens_for(engine.sync_engine, "checkout")
-    def replace_closed(connection: Any, *_: object) -> None:
-        if connection.driver_connection.is_closed():  # by the server; to know takes no round trip
-            raise exc.DisconnectionError
-
-    @event.listens_for(engine.sync_engine, "close")
-    def limit_close(connection: Any, _: object) -> None:  # to cancel a statement takes a moment; it may be frozen
-        asyncio.get_running_loop().call_later(0.5, connection.driver_connection.terminate)
-
+    options |= {"async_creator": connect, "pool_size": settings.database_pool_size}
+    options |= {"pool_recycle": 240, "pool_use_lifo": True}  # balancers cut what is idle
+    autocommit = create_async_engine("postgresql+asyncpg://", max_overflow=0, **options)
+    engine = autocommit.execution_options(isolation_level="READ COMMITTED")
+    event.listen(autocommit.sync_engine, "checkout", replace_closed)
+    event.listen(autocommit.sync_engine, "handle_error", discard_read_only)
+    event.listen(autocommit.sync_engine, "close", limit_close)
 else:
-    options |= {"pool_size": 1, "connect_args": {"timeout": 2}}  # a worker's writers queue here, in turn
-    engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), **options)
-    event.listen(engine.sync_engine, "connect", lambda c, _: c.execute("PRAGMA journal_mode=WAL"))
-writer = engine.execution_options(isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE")  # transactions
+    url = url.set(drivername="sqlite+aiosqlite", query={})
+    options |= {"pool_size": 1, "connect_args": {"timeout": 2}}  # a worker's writers queue here
+    autocommit = create_async_engine(url, max_overflow=0, **options)
+    engine = autocommit.execution_options(isolation_level="SERIALIZABLE")
+    wal = "PRAGMA journal_mode=WAL"  # readers do not wait for a writer
+    event.listen(autocommit.sync_engine, "connect", lambda c, _: c.execute(wal))
+    event.listen(engine.sync_engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
-async def get_session() -> AsyncSession:
-    """Give a session to write with: `async with session.begin()` is one transaction, and there is no other way."""
-    return AsyncSession(writer, autobegin=False, expire_on_commit=False)
+class Session(AsyncSession):
+    """The one way to the database.
+
+    A statement on its own is a transaction of its own, in one round trip. Several statements, or
+    objects (`session.add`), are one transaction, all or nothing, in `async with session.begin():`.
+    TimeoutError: it took longer than DEADLINE.
+    """
+
+    def __init__(self, engine: AsyncEngine, autocommit: AsyncEngine | None = None) -> None:
+        super().__init__(engine, autobegin=False, expire_on_commit=False)
+        self.autocommit = (autocommit or engine).sync_engine
+        self.has_written = False
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[None]:  # type: ignore[override]  # and no more
+        async with asyncio.timeout(DEADLINE), super().begin():
+            yield
+
+    async def all(self, statement: sa.Executable, **parameters: Any) -> list[dict[str, Any]]:
+        """Run a statement and give its rows."""
+
+        def join(session: orm.Session) -> list[dict[str, Any]]:
+            session.flush()
+            return to_dicts(session.connection().execute(statement, parameters))
+
+        def alone(_: orm.Session) -> list[dict[str, Any]]:
+            with self.autocommit.begin() as connection:
+                return to_dicts(connection.execute(statement, parameters))
+
+        if self.in_transaction():
+            return await self.run_sync(join)
+        if self.has_written and not statement.is_select:
+            raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
+        self.has_written |= not statement.is_select
+        async with asyncio.timeout(DEADLINE):
+            try:
+                return await self.run_sync(alone)
+            except exc.NotSupportedError:  # prepared before the table was altered, and not run
+                return await self.run_sync(alone)
+
+    async def one(self, statement: sa.Executable, **parameters: Any) -> dict[str, Any]:
+        """Run a statement and give its row; NoResultFound: there is none."""
+        if found := await self.all(statement, **parameters):
+            return found[0]
+        raise exc.NoResultFound
 
 
-users = SQLModel.metadata.tables["users"]
-public = [users.c[name] for name in UserPublic.model_fields]
-INSERT = insert(users).returning(*public)  # built once: building costs more than running
-READ = select(*public).where(users.c.id == bindparam("user_id"))
-UPDATE = update(users).where(users.c.id == bindparam("user_id")).returning(*public)
-LIST = select(*public).where(users.c.id > bindparam("after")).order_by(users.c.id).limit(bindparam("limit"))
+def to_dicts(result: sa.CursorResult[Any]) -> list[dict[str, Any]]:
+    names = tuple(result.keys()) if result.returns_rows else ()
+    return [dict(zip(names, row, strict=True)) for row in result] if names else []
+
+
+async def get_session() -> Session:
+    return Session(engine, autocommit)
+
+
+SessionDep = Annotated[Session, Depends(get_session)]
+
+# --- Errors ---------------------------------------------------------------------------
+
+BUSY = "The service is busy, or its database does not answer."
+TEMPORARY = (  # PostgreSQL's SQLSTATEs, or their classes, and SQLite's names
+    *("08", "28"),  # not reachable, or its password is being changed
+    *("25006", "57", "SQLITE_CANTOPEN"),  # it fails over, starts, stops, or was told to cancel
+    *("40", "55P03", "SQLITE_BUSY", "SQLITE_LOCKED"),  # others are in the way
+    *("53", "SQLITE_FULL", "SQLITE_NOMEM"),  # out of connections, disk or memory
+)
+
+
+class Invalid(BaseModel):
+    loc: list[str | int] = Field(description="Where: body, path or query, and the field.")
+    msg: str = Field(description="What is wrong, for people.")
+    type: str = Field(description="What is wrong, for programs.")
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457)."""
+
+    type: str = Field(default="about:blank", description="There is no more to say than the title.")
+    title: str = Field(description="What the status means.")
+    status: int = Field(description="The status of the answer.")
+    detail: str = Field(description="What is wrong, for people.")
+    errors: list[Invalid] | MISSING = Field(default=MISSING, description="The fields at fault.")
+
+
+def problem(status: int, detail: str, headers: Any = None, errors: Any = MISSING) -> Response:
+    title = HTTPStatus(status).phrase
+    content = Problem(title=title, status=status, detail=detail, errors=errors).model_dump_json()
+    return Response(content, status, headers, "application/problem+json")
+
+
+def busy(cause: object) -> Response:
+    logger.error("%s %s", BUSY, cause)
+    return problem(503, BUSY, {"Retry-After": "5"})
+
+
+def taken(cause: Any) -> list[str]:
+    """Name the columns of the unique constraint that refused a row, as far as it is on columns."""
+    if hasattr(cause, "sqlstate"):  # Key (email)=(ada@example.com) already exists.
+        names = (cause.detail or "").partition("(")[2].partition(")=(")[0].split(", ")
+    else:  # UNIQUE constraint failed: users.email
+        names = [name.partition(".")[2] for name in str(cause).partition(": ")[2].split(", ")]
+    return [name.strip('"') for name in names if name.strip('"').isidentifier()]
+
+
+def database_problem(error: exc.DBAPIError) -> Response:
+    """Tell a value that is taken from what a retry can cure, and both from a fault of ours."""
+    cause: Any = error.driver_exception
+    code: str = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None) or ""
+    table = SQLModel.metadata.tables.get(getattr(cause, "table_name", None) or "")
+    is_primary_key = table is not None and taken(cause) == table.primary_key.columns.keys()
+    if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE") and not is_primary_key:
+        columns = taken(cause)
+        errors = [{"loc": ["body", c], "msg": "Value is taken", "type": "taken"} for c in columns]
+        detail = f"The {' with this '.join(columns) or 'value'} is taken."
+        return problem(409, detail, errors=errors or MISSING)
+    is_telling = code.startswith(("42", "SQLITE_ERROR", *TEMPORARY))  # others may quote a row
+    said = str(cause).partition("\n")[0] if is_telling else type(cause).__name__
+    if error.connection_invalidated or code.startswith(TEMPORARY):
+        return busy(f"{code} {said}")
+    trace = "".join(format_tb(error.__traceback__))
+    logger.error("%s %s: %s\nTraceback:\n%s", code, said, error.statement, trace)
+    return problem(500, "The service failed.")
+
+
+def methods(request: Request) -> list[str]:
+    """Name the methods of a path (RFC 9110, 10.2.1)."""
+    known = ["OPTIONS"]
+    for method in "DELETE", "GET", "PATCH", "POST", "PUT":
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            known += ["GET", "HEAD"] if method == "GET" else [method]
+    return known
+
+
+async def to_problem(request: Request, error: Exception) -> Response:
+    """Turn every error into a problem."""
+    match error:
+        case HTTPException():
+            headers = dict(error.headers or {})
+            if error.status_code == 405:  # Starlette names the methods of one route only
+                headers["Allow"] = ", ".join(methods(request))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+            return problem(error.status_code, error.detail, headers)
+        case RequestValidationError():
+            return problem(422, "The request is not valid.", errors=error.errors())
+        case exc.NoResultFound():
+            return problem(404, "There is nothing of this id.")
+        case exc.TimeoutError() | exc.NotSupportedError() | TimeoutError() | ConnectionError():
+            return busy(repr(error))
+        case exc.DBAPIError():
+            return database_problem(error)
+    return problem(500, "The service failed.", {"Connection": "close"})  # as uvicorn does
+
+
+ERRORS = HTTPException, RequestValidationError, exc.NoResultFound, exc.DBAPIError, exc.TimeoutError
+
+# --- Application ----------------------------------------------------------------------
+
+OPEN = {"/livez", "/readyz", "/docs", "/redoc", "/openapi.json"}  # all else needs the token
+
+
+class Service(FastAPI):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask for the token before anything is read, and let no cache keep what is answered."""
+
+        async def send_uncached(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Cache-Control"] = "no-store"
+            await send(message)
+
+        answer: ASGIApp = super().__call__
+        if settings.api_token and scope["type"] != "lifespan" and scope["path"] not in OPEN:
+            scheme, _, token = Headers(scope=scope).get("Authorization", "").partition(" ")
+            is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
+            if scheme.lower() != "bearer" or not is_known:
+                answer = problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
+        if scope.get("method") == "HEAD":  # is GET, whose body the server leaves out
+            scope = {**scope, "method": "GET"}
+        await answer(scope, receive, send_uncached)
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the problems, too, and the token."""
+        document = super().openapi()
+        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"] |= {**schema.pop("$defs"), "Problem": schema}
+        if settings.api_token:
+            token = {"type": "http", "scheme": "bearer"}
+            document["components"]["securitySchemes"] = {"token": token}
+            document["security"] = [{"token": []}]
+            for path in OPEN & document["paths"].keys():
+                document["paths"][path]["get"]["security"] = []
+        return document
+
+
+async def create_tables() -> None:
+    """Create the tables that are missing, one worker at a time."""
+    async with asyncio.timeout(DEADLINE), engine.begin() as connection:
+        if POSTGRES:
+            key = sa.func.hashtext(",".join(SQLModel.metadata.tables))
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
+        await connection.run_sync(SQLModel.metadata.create_all)
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Create the tables once the database answers, one worker at a time."""
-    if not API_TOKEN:
+    """Wait for the database, but not for ever."""
+    if not settings.api_token:
         logger.warning("API_TOKEN is not set: the service is open to everyone")
-    for pause in (asyncio.create_task(asyncio.sleep(2)) for _ in range(15)):  # 30 s, however each try fails
-        try:
-            async with asyncio.timeout(2), writer.begin() as connection:
-                await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1)" if POSTGRES else "BEGIN IMMEDIATE")
-                await connection.run_sync(SQLModel.metadata.create_all)
-            break
-        except (OSError, ValueError, exc.DBAPIError) as error:
-            logger.warning("DATABASE_URL: waiting for the database: %r", error)
-            await pause
-    else:
-        refuse("DATABASE_URL", "the database cannot be used")
-    gc.freeze()  # what was loaded stays: the collector need not look at it again
+    try:
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await create_tables()
+                    break
+                except (OSError, ValueError, exc.DBAPIError) as error:
+                    logger.warning("DATABASE_URL: waiting for the database: %r", error)
+                    await asyncio.sleep(2)
+    except TimeoutError:
+        logger.critical("DATABASE_URL: the database cannot be used")
+        logger.disabled = True  # or uvicorn adds a traceback, before it ends with code 3
+        raise
     yield
     await engine.dispose()
 
 
-async def answer(request: Request, error: Exception) -> Response:
-    """Turn every error into a problem (RFC 9457)."""
-    status, detail, headers, more = 500, "The service failed.", {"Connection": "close"}, {}  # as uvicorn will
-    match error:
-        case HTTPException():
-            status, detail, headers = error.status_code, error.detail, dict(error.headers or {})
-        case exceptions.RequestValidationError():
-            status, detail, headers = 422, "The request is not valid.", {}
-            more = {"errors": [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]}
-        case exc.NoResultFound():
-            status, detail, headers = 404, "There is no such user.", {}
-        case exc.IntegrityError() if "unique" in repr(error.driver_exception).lower():
-            status, detail, headers = 409, "The email is taken.", {}
-        case OSError() | exc.DBAPIError():  # TimeoutError is an OSError
-            status, detail, headers = 503, "The service is busy, or its database does not answer.", {"Retry-After": "5"}
-            logger.error("%s %r", detail, error)
-    content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
-    return responses.JSONResponse(content, status, headers, "application/problem+json")
+app = Service(
+    title="Users",
+    version="1.0.0",
+    description="Creates, reads, updates and deletes users.",
+    license_info={"name": "MIT", "identifier": "MIT"},
+    lifespan=lifespan,
+    max_body_size=65536,
+    redirect_slashes=False,
+    generate_unique_id_function=lambda route: route.name,
+    exception_handlers=dict.fromkeys(
+        (*ERRORS, TimeoutError, ConnectionError, Exception), to_problem
+    ),
+)
 
+# --- Users ----------------------------------------------------------------------------
 
-async def authorize(token: Annotated[security.HTTPAuthorizationCredentials, Depends(security.HTTPBearer())]) -> None:
-    """Require API_TOKEN as the bearer token (RFC 6750)."""
-    if not compare_digest(token.credentials.encode(), API_TOKEN.encode()):
-        raise HTTPException(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
+# Built once: to build a statement takes longer than to run it.
+users = SQLModel.metadata.tables["users"]
+public = [users.c[name] for name in UserPublic.model_fields]
+pk, after, limit = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
+INSERT = sa.insert(users).returning(*public)
+SELECT = sa.select(*public).where(users.c.id == pk)
+UPDATE = sa.update(users).where(users.c.id == pk).returning(*public)
+DELETE = sa.delete(users).where(users.c.id == pk).returning(users.c.id)
+LIST = sa.select(*public).where(users.c.id > after).order_by(users.c.id).limit(limit)
 
-
-schema = create_model("Problem", type=str, title=str, status=int, detail=str, errors=(list, [])).model_json_schema()
-PROBLEM = {"content": {"application/problem+json": {"schema": schema}}}  # RFC 9457
-app = FastAPI(title="Users", lifespan=lifespan, max_body_size=65536, generate_unique_id_function=lambda r: r.name)
-for kind in HTTPException, exceptions.RequestValidationError, exc.NoResultFound, exc.DBAPIError, OSError, Exception:
-    app.add_exception_handler(kind, answer)
-router = APIRouter(prefix="/users", dependencies=[Depends(authorize)] if API_TOKEN else [])
-
-Session = Annotated[AsyncSession, Depends(get_session)]
-Id = Annotated[int, Path(ge=1, le=2**31 - 1)]
+UserId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 Limit = Annotated[int, Query(ge=1, le=100)]
-After = Annotated[int, Query(ge=0, le=2**31 - 1)]
+After = Annotated[int, Query(ge=0, le=2**63 - 1)]
 
 
-@router.post("", status_code=201, response_model=UserPublic, responses={400: PROBLEM, 409: PROBLEM})
-async def create_user(user: UserCreate, session: Session, response: Response) -> Any:
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"content": content} for status in statuses}
+
+
+router = APIRouter(prefix="/users", tags=["users"], responses=problems(401, 413, 422, 503))
+
+
+@router.post("", status_code=201, response_model=UserPublic, responses=problems(400, 409))
+async def create_user(
+    user: UserCreate, session: SessionDep, request: Request, response: Response
+) -> Any:
     """Create a user."""
-    columns = await user.to_columns()
-    async with asyncio.timeout(DEADLINE), session.begin():
-        row = (await session.exec(INSERT, params=columns)).one()
-    response.headers["Location"] = f"/users/{row.id}"
+    row = await session.one(INSERT, **await to_columns(user))
+    response.headers["Location"] = request.url_for("read_user", user_id=row["id"]).path
     return row
 
 
-@router.get("/{user_id}", response_model=UserPublic, responses={404: PROBLEM})
-async def read_user(user_id: Id) -> Any:
+@router.get("/{user_id}", response_model=UserPublic, responses=problems(404))
+async def read_user(user_id: UserId, session: SessionDep) -> Any:
     """Read a user."""
-    async with asyncio.timeout(DEADLINE), engine.connect() as connection:
-        return (await connection.execute(READ, {"user_id": user_id})).one()
+    return await session.one(SELECT, pk=user_id)
 
 
-@router.put("/{user_id}", response_model=UserPublic, responses={400: PROBLEM, 404: PROBLEM, 409: PROBLEM})
-async def update_user(user_id: Id, user: UserCreate, session: Session) -> Any:
+@router.put("/{user_id}", response_model=UserPublic, responses=problems(400, 404, 409))
+async def update_user(user_id: UserId, user: UserCreate, session: SessionDep) -> Any:
     """Replace a user."""
-    columns = await user.to_columns()
-    async with asyncio.timeout(DEADLINE), session.begin():
-        return (await session.exec(UPDATE, params={"user_id": user_id, **columns})).one()
+    return await session.one(UPDATE, pk=user_id, **await to_columns(user))
 
 
-@router.delete("/{user_id}", status_code=204, response_class=Response, responses={404: PROBLEM})
-async def delete_user(user_id: Id, session: Session) -> None:
+@router.delete("/{user_id}", status_code=204, response_class=Response, responses=problems(404))
+async def delete_user(user_id: UserId, session: SessionDep) -> None:
     """Delete a user."""
-    async with asyncio.timeout(DEADLINE), session.begin():
-        (await session.exec(delete(users).where(users.c.id == user_id).returning(users.c.id))).one()
+    await session.one(DELETE, pk=user_id)
 
 
-@router.patch("/{user_id}", response_model=UserPublic, responses={400: PROBLEM, 404: PROBLEM, 409: PROBLEM})
-async def patch_user(user_id: Id, user: UserUpdate, session: Session) -> Any:
+@router.patch("/{user_id}", response_model=UserPublic, responses=problems(400, 404, 409))
+async def patch_user(user_id: UserId, user: UserUpdate, session: SessionDep) -> Any:
     """Change the fields of a user that are given."""
-    return await (update_user(user_id, user, session) if user.model_fields_set else read_user(user_id))
+    columns = await to_columns(user)
+    return await session.one(UPDATE if columns else SELECT, pk=user_id, **columns)
 
 
 @router.get("", response_model=list[UserPublic])
-async def list_users(response: Response, limit: Limit = 50, after: After = 0, email: Email | None = None) -> Any:
+async def list_users(
+    session: SessionDep,
+    request: Request,
+    response: Response,
+    limit: Limit = 50,
+    after: After = 0,
+    email: Email | None = None,
+) -> Any:
     """List users by id, or find the one with an email. A Link leads to the next page (RFC 8288)."""
     query = LIST.where(users.c.email == email) if email else LIST
-    async with asyncio.timeout(DEADLINE), engine.connect() as connection:
-        rows = (await connection.execute(query, {"after": after, "limit": limit + 1})).all()
+    rows = await session.all(query, after=after, limit=limit + 1)
     if len(rows) > limit:
-        response.headers["Link"] = f'</users?limit={limit}&after={rows[limit - 1].id}>; rel="next"'
-    return [dict(zip(UserPublic.model_fields, row, strict=True)) for row in rows[:limit]]  # dicts are checked faster
+        page = {**request.query_params, "limit": limit, "after": rows[limit - 1]["id"]}
+        path = request.url_for("list_users").path
+        response.headers["Link"] = f'<{path}?{urlencode(page)}>; rel="next"'
+    return rows[:limit]
 
 
-app.include_router(router, responses=dict.fromkeys((401, 413, 422, 503), PROBLEM))
+app.include_router(router)
+
+# --- Probes ---------------------------------------------------------------------------
 
 
-@app.get("/livez", response_class=Response)
+@app.get("/livez", tags=["probes"], response_class=Response)
 async def livez() -> None:
     """Report that the process answers."""
 
 
-@app.get("/readyz", response_class=Response, responses={503: PROBLEM})
-async def readyz() -> None:
-    """Report that the database answers, within two seconds."""
-    async with asyncio.timeout(1.5), engine.connect() as connection:
-        await connection.execute(select(1))
+@app.get("/readyz", tags=["probes"], response_class=Response, responses=problems(503))
+async def readyz(session: SessionDep) -> Response:
+    """Report that the database answers, and that the table can be read."""
+    try:
+        await session.all(LIST, after=0, limit=1)
+    except exc.DBAPIError as error:
+        return busy(error.driver_exception)
+    return Response()

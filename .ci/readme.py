@@ -2,7 +2,7 @@
 
 readme.py test              runs the block under "## Test", and looks for the tests that are named
 readme.py run               runs the block under "## Run", and replays the transcript against it
-readme.py deploy            runs the first block under "## Deploy" with Docker, and replays the transcript against it
+readme.py deploy            runs the first block under "## Deploy" with Docker, and the transcript
 readme.py show H LANGUAGE   prints the first block of a language under a heading H
 """
 
@@ -35,8 +35,12 @@ def replay(transcript: str, url: str) -> int:
     failures = 0
     checker = doctest.OutputChecker()
     for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", transcript, re.MULTILINE):
-        real = command.replace("curl", "curl -sS", 1).replace("localhost:8000", url.removeprefix("http://"))
-        printed = subprocess.run(["bash", "-c", real], capture_output=True, text=True, check=True).stdout
+        real = command.replace("curl", "curl -sS", 1).replace(
+            "localhost:8000", url.removeprefix("http://")
+        )
+        printed = subprocess.run(
+            ["bash", "-c", real], capture_output=True, text=True, check=True
+        ).stdout
         printed = printed.replace("\r", "").rstrip("\n") + "\n"
         if not checker.check_output(expected.rstrip("\n") + "\n", printed, doctest.ELLIPSIS):
             failures += 1
@@ -45,7 +49,7 @@ def replay(transcript: str, url: str) -> int:
 
 
 def run() -> int:
-    """Follow "## Run" on a port of the system's choice and an empty SQLite database; replay the transcript."""
+    """Follow "## Run" on a free port and an empty SQLite database; replay the transcript."""
     with tempfile.TemporaryDirectory() as directory, (Path(directory) / "log").open("wb+") as log:
         database = shlex.quote(f"sqlite:///{directory}/users.db")
         script = (
@@ -53,7 +57,9 @@ def run() -> int:
             .rstrip()
             .replace("\n.venv/bin/uvicorn", f"\nDATABASE_URL={database} exec .venv/bin/uvicorn")
         )
-        server = subprocess.Popen(["bash", "-ec", f"{script} --port=0"], cwd=ROOT, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            ["bash", "-ec", f"{script} --port=0"], cwd=ROOT, stdout=log, stderr=log
+        )
         try:
             while not (found := re.findall(r"running on (http://\S+)", Path(log.name).read_text())):
                 if server.poll() is not None:
@@ -70,7 +76,9 @@ def deploy() -> int:
     name = "users-of-the-readme"
 
     def docker(*arguments: str) -> str:
-        return subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["docker", *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     script = block("Deploy", "sh").replace("-v users:", f"-v {name}:")
     script = script.replace("docker run", f"docker run --detach --name={name}")
@@ -93,7 +101,7 @@ def deploy() -> int:
 
 def untested() -> set[str]:
     """Give the tests that README.md names and nobody wrote."""
-    tests = "".join((ROOT / name).read_text() for name in ("test_main.py", ".ci/faults.py"))
+    tests = "".join(file.read_text() for file in (ROOT / "test_main.py", *ROOT.glob(".ci/*.py")))
     return set(re.findall(r"`(test_\w+)`", README)) - set(re.findall(r"def (test_\w+)", tests))
 
 

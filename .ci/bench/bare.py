@@ -26,10 +26,14 @@ class UserPublic(BaseModel):
     email: str
 
 
+async def keep(connection: asyncpg.Connection) -> None:
+    """Send nothing when a connection is given back: asyncpg's own reset is a query."""
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    size = int(os.environ["POOL"])
-    async with asyncpg.create_pool(os.environ["DATABASE_URL"], min_size=size, max_size=size) as app.state.pool:
+    url, size = os.environ["DATABASE_URL"], int(os.environ["POOL"])
+    async with asyncpg.create_pool(url, min_size=size, max_size=size, reset=keep) as app.state.pool:
         yield
 
 
@@ -45,7 +49,10 @@ async def one(query: str, *values: object) -> dict[str, Any]:
 
 @app.post("/users", response_model=UserPublic)
 async def create_user(user: UserCreate) -> Any:
-    query = "INSERT INTO users (name, email, password_hash) VALUES ($1, $2, $3) RETURNING id, name, email"
+    query = (
+        "INSERT INTO users (name, email, password_hash) VALUES ($1, $2, $3)"
+        " RETURNING id, name, email"
+    )
     return await one(query, user.name, user.email, "a constant")
 
 
@@ -62,4 +69,6 @@ async def read_user(user_id: int) -> Any:
 
 @app.patch("/users/{user_id}", response_model=UserPublic)
 async def update_user(user_id: int, user: UserUpdate) -> Any:
-    return await one("UPDATE users SET name = $2 WHERE id = $1 RETURNING id, name, email", user_id, user.name)
+    return await one(
+        "UPDATE users SET name = $2 WHERE id = $1 RETURNING id, name, email", user_id, user.name
+    )

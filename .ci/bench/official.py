@@ -37,7 +37,9 @@ class UserUpdate(SQLModel):
 
 
 pool = {"pool_size": int(os.environ["POOL"]), "max_overflow": 0} if "POOL" in os.environ else {}
-engine = create_async_engine(os.environ["DATABASE_URL"].replace("postgresql:", "postgresql+asyncpg:"), **pool)
+engine = create_async_engine(
+    os.environ["DATABASE_URL"].replace("postgresql:", "postgresql+asyncpg:"), **pool
+)
 
 
 def hash_password(password: str) -> str:
