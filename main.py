@@ -330,8 +330,8 @@ async def to_problem(request: Request, error: Exception) -> Response:
             headers = dict(error.headers or {})
             if error.status_code == 405:  # Starlette names the methods of one route only
                 headers["Allow"] = ", ".join(methods(request))
-            if request.method == "OPTIONS":
-                return Response(status_code=204, headers=headers)
+                if request.method == "OPTIONS":
+                    return Response(status_code=204, headers=headers)
             return problem(error.status_code, error.detail, headers)
         case RequestValidationError():
             return problem(422, "The request is not valid.", errors=error.errors())

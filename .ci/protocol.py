@@ -63,6 +63,7 @@ def test_unknown_method(client: Client, method: str, url: str, allowed: set[str]
 @pytest.mark.parametrize("url", ["/nobody", f"{PATH}/", f"{PATH}/1/", "//users"])
 def test_unknown_path(client: Client, url: str) -> None:
     assert is_problem(client.get(url), 404, "Not Found")
+    assert is_problem(client.options(url), 404, "Not Found")
 
 
 def test_any_accept_and_host(client: Client, five: list[Any]) -> None:

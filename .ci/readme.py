@@ -1,12 +1,13 @@
 """Execute what README.md shows.
 
-readme.py test              runs the block under "## Test", and looks for the tests that are named
+readme.py test              runs the blocks under "## Test", and looks for the tests that are named
 readme.py run               runs the block under "## Run", and replays the transcript against it
 readme.py deploy            runs the first block under "## Deploy" with Docker, and the transcript
-readme.py show H LANGUAGE   prints the first block of a language under a heading H
+readme.py show H LANGUAGE   prints the first block of a language under a heading H of OPERATING.md
 """
 
 import doctest
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OPERATING = (ROOT / ".github" / "OPERATING.md").read_text()
 
 
 def blocks(text: str, heading: str) -> list[tuple[str, str]]:
@@ -46,6 +48,15 @@ def replay(transcript: str, url: str) -> int:
             failures += 1
             print(f"$ {command}\nREADME.md:\n{expected}\nreally:\n{printed}")
     return failures
+
+
+def test_of_ones_own() -> int:
+    """Run the test that is shown under "## Test", in an empty directory."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "test_mine.py").write_text(block("Test", "python"))
+        command = [f"{ROOT}/.venv/bin/python", "-m", "pytest", "-W", "error", directory]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=directory, env=environment).returncode
 
 
 def run() -> int:
@@ -110,12 +121,13 @@ if __name__ == "__main__":
         case ["test"]:
             if untested():
                 sys.exit(f"README.md names tests that are not there: {untested()}")
-            sys.exit(subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT).returncode)
+            subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT, check=True)
+            sys.exit(test_of_ones_own())
         case ["run"]:
             sys.exit(run())
         case ["deploy"]:
             sys.exit(deploy())
         case ["show", heading, language]:
-            print(block(heading, language), end="")
+            print(dict(blocks(OPERATING, heading))[language], end="")
         case _:
             sys.exit(__doc__)
