@@ -6,6 +6,7 @@ SPDX-License-Identifier: MIT
 import asyncio
 import logging
 import sys
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -23,7 +24,7 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import MISSING, AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings
-from sqlalchemy import event, exc, orm
+from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlmodel import Field, SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
@@ -146,9 +147,20 @@ cache = 0 if url.query.get("pgbouncer") == "true" else 100
 async def connect() -> Any:
     """Connect to PostgreSQL; ConnectionError: no such host, port or socket."""
     try:
-        return await asyncpg.connect(dsn.render_as_string(False), statement_cache_size=cache)
+        return await asyncpg.connect(
+            dsn.render_as_string(hide_password=False), statement_cache_size=cache
+        )
     except OSError as error:
         raise ConnectionError(error) from error
+
+
+def set_pragmas(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+    connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
+
+
+def begin_immediate(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # wait before the first read, not after it
 
 
 def replace_closed(connection: Any, *_: object) -> None:
@@ -169,23 +181,33 @@ def limit_close(connection: Any, _: object) -> None:
 
 
 # On `autocommit` a statement is a transaction of its own, on `engine` it is part of one.
-options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "hide_parameters": True}
 if POSTGRES:
-    options |= {"async_creator": connect, "pool_size": settings.database_pool_size}
-    options |= {"pool_recycle": 240, "pool_use_lifo": True}  # balancers cut what is idle
-    autocommit = create_async_engine("postgresql+asyncpg://", max_overflow=0, **options)
+    autocommit = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=connect,
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,
+        pool_size=settings.database_pool_size,
+        max_overflow=0,
+        pool_recycle=240,  # after so many seconds balancers cut what is idle,
+        pool_use_lifo=True,  # and what was used last is the least idle
+    )
     engine = autocommit.execution_options(isolation_level="READ COMMITTED")
     event.listen(autocommit.sync_engine, "checkout", replace_closed)
     event.listen(autocommit.sync_engine, "handle_error", discard_read_only)
     event.listen(autocommit.sync_engine, "close", limit_close)
 else:
-    url = url.set(drivername="sqlite+aiosqlite", query={})
-    options |= {"pool_size": 1, "connect_args": {"timeout": 2}}  # a worker's writers queue here
-    autocommit = create_async_engine(url, max_overflow=0, **options)
+    autocommit = create_async_engine(
+        url.set(drivername="sqlite+aiosqlite", query={}),
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,
+        pool_size=1,  # a worker's writers wait here, in turn
+        max_overflow=0,
+        connect_args={"timeout": 2},  # for writers of other processes
+    )
     engine = autocommit.execution_options(isolation_level="SERIALIZABLE")
-    wal = "PRAGMA journal_mode=WAL"  # readers do not wait for a writer
-    event.listen(autocommit.sync_engine, "connect", lambda c, _: c.execute(wal))
-    event.listen(engine.sync_engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+    event.listen(autocommit.sync_engine, "connect", set_pragmas)
+    event.listen(engine.sync_engine, "begin", begin_immediate)
 
 
 class Session(AsyncSession):
@@ -202,31 +224,30 @@ class Session(AsyncSession):
         self.has_written = False
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[None]:  # type: ignore[override]  # and no more
+    async def begin(self) -> AsyncIterator[None]:  # type: ignore[override]  # in a `with` only
         async with asyncio.timeout(DEADLINE), super().begin():
             yield
 
     async def all(self, statement: sa.Executable, **parameters: Any) -> list[dict[str, Any]]:
         """Run a statement and give its rows."""
+        if self.in_transaction():
+            await self.flush()
+            connection = await self.connection()
+            return to_dicts(await connection.execute(statement, parameters))
 
-        def join(session: orm.Session) -> list[dict[str, Any]]:
-            session.flush()
-            return to_dicts(session.connection().execute(statement, parameters))
-
-        def alone(_: orm.Session) -> list[dict[str, Any]]:
+        def run(_: object) -> list[dict[str, Any]]:  # all steps at once: to await each costs more
             with self.autocommit.begin() as connection:
                 return to_dicts(connection.execute(statement, parameters))
 
-        if self.in_transaction():
-            return await self.run_sync(join)
         if self.has_written and not statement.is_select:
             raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
-        self.has_written |= not statement.is_select
         async with asyncio.timeout(DEADLINE):
             try:
-                return await self.run_sync(alone)
+                rows = await self.run_sync(run)
             except exc.NotSupportedError:  # prepared before the table was altered, and not run
-                return await self.run_sync(alone)
+                rows = await self.run_sync(run)
+        self.has_written |= not statement.is_select
+        return rows
 
     async def one(self, statement: sa.Executable, **parameters: Any) -> dict[str, Any]:
         """Run a statement and give its row; NoResultFound: there is none."""
@@ -249,11 +270,19 @@ SessionDep = Annotated[Session, Depends(get_session)]
 # --- Errors ---------------------------------------------------------------------------
 
 BUSY = "The service is busy, or its database does not answer."
-TEMPORARY = (  # PostgreSQL's SQLSTATEs, or their classes, and SQLite's names
-    *("08", "28"),  # not reachable, or its password is being changed
-    *("25006", "57", "SQLITE_CANTOPEN"),  # it fails over, starts, stops, or was told to cancel
-    *("40", "55P03", "SQLITE_BUSY", "SQLITE_LOCKED"),  # others are in the way
-    *("53", "SQLITE_FULL", "SQLITE_NOMEM"),  # out of connections, disk or memory
+TEMPORARY = (  # what a retry can cure, by SQLSTATE or its class, or SQLite's name
+    "08",  # not reachable, or lost
+    "25006",  # read-only, as a standby is
+    "28",  # no such password: it is being changed
+    "40",  # a deadlock, or another transaction came first
+    "53",  # out of connections, disk or memory
+    "55P03",  # locked
+    "57",  # cancelled, starting, or shutting down
+    "SQLITE_BUSY",
+    "SQLITE_CANTOPEN",
+    "SQLITE_FULL",
+    "SQLITE_LOCKED",
+    "SQLITE_NOMEM",
 )
 
 
@@ -277,6 +306,11 @@ def problem(status: int, detail: str, headers: Any = None, errors: Any = MISSING
     title = HTTPStatus(status).phrase
     content = Problem(title=title, status=status, detail=detail, errors=errors).model_dump_json()
     return Response(content, status, headers, "application/problem+json")
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"content": content} for status in statuses}
 
 
 def busy(cause: object) -> Response:
@@ -341,10 +375,12 @@ async def to_problem(request: Request, error: Exception) -> Response:
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
+        case exc.SQLAlchemyError() | OSError():  # the others are logged by uvicorn
+            logger.error("The service failed.", exc_info=error)
     return problem(500, "The service failed.", {"Connection": "close"})  # as uvicorn does
 
 
-ERRORS = HTTPException, RequestValidationError, exc.NoResultFound, exc.DBAPIError, exc.TimeoutError
+ERRORS = HTTPException, RequestValidationError, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
 
@@ -361,7 +397,8 @@ class Service(FastAPI):
             await send(message)
 
         answer: ASGIApp = super().__call__
-        if settings.api_token and scope["type"] != "lifespan" and scope["path"] not in OPEN:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if settings.api_token and scope["type"] != "lifespan" and path not in OPEN:
             scheme, _, token = Headers(scope=scope).get("Authorization", "").partition(" ")
             is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
             if scheme.lower() != "bearer" or not is_known:
@@ -395,22 +432,21 @@ async def create_tables() -> None:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Wait for the database, but not for ever."""
+    """Wait for the database, for 30 s."""
     if not settings.api_token:
         logger.warning("API_TOKEN is not set: the service is open to everyone")
-    try:
-        async with asyncio.timeout(30):
-            while True:
-                try:
-                    await create_tables()
-                    break
-                except (OSError, ValueError, exc.DBAPIError) as error:
-                    logger.warning("DATABASE_URL: waiting for the database: %r", error)
-                    await asyncio.sleep(2)
-    except TimeoutError:
-        logger.critical("DATABASE_URL: the database cannot be used")
-        logger.disabled = True  # or uvicorn adds a traceback, before it ends with code 3
-        raise
+    end = time.monotonic() + 30
+    while True:
+        try:
+            await create_tables()
+            break
+        except (OSError, ValueError, exc.DBAPIError) as error:
+            if time.monotonic() > end:
+                logger.critical("DATABASE_URL: the database cannot be used")
+                logger.disabled = True  # uvicorn would add a traceback, before it ends with code 3
+                raise
+            logger.warning("DATABASE_URL: waiting for the database: %r", error)
+            await asyncio.sleep(2)
     yield
     await engine.dispose()
 
@@ -424,9 +460,7 @@ app = Service(
     max_body_size=65536,
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
-    exception_handlers=dict.fromkeys(
-        (*ERRORS, TimeoutError, ConnectionError, Exception), to_problem
-    ),
+    exception_handlers=dict.fromkeys(ERRORS, to_problem),
 )
 
 # --- Users ----------------------------------------------------------------------------
@@ -444,11 +478,6 @@ LIST = sa.select(*public).where(users.c.id > after).order_by(users.c.id).limit(l
 UserId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[int, Query(ge=0, le=2**63 - 1)]
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"content": content} for status in statuses}
 
 
 router = APIRouter(prefix="/users", tags=["users"], responses=problems(401, 413, 422, 503))
