@@ -154,15 +154,6 @@ async def connect() -> Any:
         raise ConnectionError(error) from error
 
 
-def set_pragmas(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-    connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
-
-
-def begin_immediate(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")  # wait before the first read, not after it
-
-
 def replace_closed(connection: Any, *_: object) -> None:
     """Have the pool replace what the server has closed: to see that takes no round trip."""
     if connection.driver_connection.is_closed():
@@ -178,6 +169,15 @@ def discard_read_only(context: Any) -> None:
 def limit_close(connection: Any, _: object) -> None:
     """Leave it a moment to cancel its statement, but do not wait for a frozen server."""
     asyncio.get_running_loop().call_later(0.5, connection.driver_connection.terminate)
+
+
+def set_pragmas(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+    connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
+
+
+def begin_immediate(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # wait before the first read, not after it
 
 
 # On `autocommit` a statement is a transaction of its own, on `engine` it is part of one.
