@@ -228,7 +228,7 @@ class Session(AsyncSession):
         async with asyncio.timeout(DEADLINE), super().begin():
             yield
 
-    async def all(self, statement: sa.Executable, **parameters: Any) -> list[dict[str, Any]]:
+    async def all(self, statement: sa.Executable, /, **parameters: Any) -> list[dict[str, Any]]:
         """Run a statement and give its rows."""
         if self.in_transaction():
             await self.flush()
@@ -249,7 +249,7 @@ class Session(AsyncSession):
         self.has_written |= not statement.is_select
         return rows
 
-    async def one(self, statement: sa.Executable, **parameters: Any) -> dict[str, Any]:
+    async def one(self, statement: sa.Executable, /, **parameters: Any) -> dict[str, Any]:
         """Run a statement and give its row; NoResultFound: there is none."""
         if found := await self.all(statement, **parameters):
             return found[0]
@@ -417,7 +417,8 @@ class Service(FastAPI):
             document["components"]["securitySchemes"] = {"token": token}
             document["security"] = [{"token": []}]
             for path in OPEN & document["paths"].keys():
-                document["paths"][path]["get"]["security"] = []
+                for operation in document["paths"][path].values():
+                    operation["security"] = []
         return document
 
 
@@ -425,7 +426,7 @@ async def create_tables() -> None:
     """Create the tables that are missing, one worker at a time."""
     async with asyncio.timeout(DEADLINE), engine.begin() as connection:
         if POSTGRES:
-            key = sa.func.hashtext(",".join(SQLModel.metadata.tables))
+            key = sa.func.hashtext(User.__tablename__)  # of this service, whatever its version
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
         await connection.run_sync(SQLModel.metadata.create_all)
 
