@@ -384,6 +384,7 @@ ERRORS = HTTPException, RequestValidationError, exc.SQLAlchemyError, OSError, Ex
 
 # --- Application ----------------------------------------------------------------------
 
+MAX_BODY = 65536  # bytes
 OPEN = {"/livez", "/readyz", "/docs", "/redoc", "/openapi.json"}  # all else needs the token
 
 
@@ -397,9 +398,12 @@ class Service(FastAPI):
             await send(message)
 
         answer: ASGIApp = super().__call__
+        headers = Headers(scope=scope) if "headers" in scope else Headers()
+        if int(headers.get("Content-Length", 0)) > MAX_BODY:  # which FastAPI says in plain text
+            answer = problem(413, "The body is too large.", {"Connection": "close"})
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if settings.api_token and scope["type"] != "lifespan" and path not in OPEN:
-            scheme, _, token = Headers(scope=scope).get("Authorization", "").partition(" ")
+            scheme, _, token = headers.get("Authorization", "").partition(" ")
             is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
             if scheme.lower() != "bearer" or not is_known:
                 answer = problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
@@ -457,8 +461,9 @@ app = Service(
     version="1.0.0",
     description="Creates, reads, updates and deletes users.",
     license_info={"name": "MIT", "identifier": "MIT"},
+    openapi_tags=[{"name": "users"}, {"name": "probes"}],
     lifespan=lifespan,
-    max_body_size=65536,
+    max_body_size=MAX_BODY,
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
     exception_handlers=dict.fromkeys(ERRORS, to_problem),
@@ -543,12 +548,12 @@ app.include_router(router)
 # --- Probes ---------------------------------------------------------------------------
 
 
-@app.get("/livez", tags=["probes"], response_class=Response)
+@app.get("/livez", tags=["probes"], response_class=Response, responses=problems(413))
 async def livez() -> None:
     """Report that the process answers."""
 
 
-@app.get("/readyz", tags=["probes"], response_class=Response, responses=problems(503))
+@app.get("/readyz", tags=["probes"], response_class=Response, responses=problems(413, 503))
 async def readyz(session: SessionDep) -> Response:
     """Report that the database answers, and that the table can be read."""
     try:

