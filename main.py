@@ -461,7 +461,10 @@ app = Service(
     version="1.0.0",
     description="Creates, reads, updates and deletes users.",
     license_info={"name": "MIT", "identifier": "MIT"},
-    openapi_tags=[{"name": "users"}, {"name": "probes"}],
+    openapi_tags=[
+        {"name": "users", "description": "Users, one or page by page."},
+        {"name": "probes", "description": "For what watches the service."},
+    ],
     lifespan=lifespan,
     max_body_size=MAX_BODY,
     redirect_slashes=False,
