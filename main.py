@@ -418,11 +418,11 @@ class Service(FastAPI):
         document["components"]["schemas"] |= {**schema.pop("$defs"), "Problem": schema}
         if settings.api_token:
             token = {"type": "http", "scheme": "bearer"}
-            document["components"]["securitySchemes"] = {"token": token}
+            document["components"].setdefault("securitySchemes", {})["token"] = token
             document["security"] = [{"token": []}]
             for path in OPEN & document["paths"].keys():
                 for operation in document["paths"][path].values():
-                    operation["security"] = []
+                    operation.setdefault("security", [])
         return document
 
 

@@ -5,6 +5,7 @@ TEST_DATABASE_URL=postgres://login:password@host/db python -m pytest    # yours:
 """
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http import HTTPStatus
-from itertools import product
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -341,7 +341,7 @@ def test_list_users(client: Client) -> None:
 
 
 def test_list_users_invalid(client: Client) -> None:
-    pairs = [("limit", "0"), ("limit", "101"), *product(["limit", "after"], NO_INTEGERS)]
+    pairs = [("limit", "0"), ("limit", "101"), *itertools.product(["limit", "after"], NO_INTEGERS)]
     for parameter, value in pairs:
         assert is_invalid(client.get(PATH, params={parameter: value}), "query", parameter)
 
@@ -417,7 +417,7 @@ def test_token(tmp_path: Path) -> None:
     requests += [("GET", getattr(route, "path", "/nobody")) for route in main.app.routes]
     wrong: Any = [], [b"Bearer x"], [b"Basic " + TOKEN], [TOKEN], [b"Bearer \xff"]
     with start(tmp_path, API_TOKEN=f"{TOKEN.decode()}\n") as service, service.client() as client:
-        for (method, path), values in product(requests, wrong):
+        for (method, path), values in itertools.product(requests, wrong):
             headers = [(b"Authorization", value) for value in values]
             response = client.request(method, path, content=b"no JSON", headers=headers)
             if path in OPEN:
@@ -540,7 +540,7 @@ def use_sessions() -> None:
 async def use_transactions() -> None:
     session = await main.get_session()
     ada, bob = [await main.to_columns(main.UserCreate(**body)) for body in (ADA, BOB)]
-    for way, divisor in product(["engine", "session"], [0, 1]):
+    for way, divisor in itertools.product(["engine", "session"], [0, 1]):
         with suppress(ZeroDivisionError):
             if way == "engine":
                 async with main.engine.begin() as connection:
