@@ -331,13 +331,15 @@ def database_problem(error: exc.DBAPIError) -> Response:
     """Tell a value that is taken from what a retry can cure, and both from a fault of ours."""
     cause: Any = error.driver_exception
     code: str = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None) or ""
-    table = SQLModel.metadata.tables.get(getattr(cause, "table_name", None) or "")
-    is_primary_key = table is not None and taken(cause) == table.primary_key.columns.keys()
-    if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE") and not is_primary_key:
+    if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE"):
         columns = taken(cause)
-        errors = [{"loc": ["body", c], "msg": "Value is taken", "type": "taken"} for c in columns]
-        detail = f"The {' with this '.join(columns) or 'value'} is taken."
-        return problem(409, detail, errors=errors or MISSING)
+        table = SQLModel.metadata.tables.get(getattr(cause, "table_name", None) or "")
+        if table is None or columns != table.primary_key.columns.keys():
+            errors = [
+                {"loc": ["body", c], "msg": "Value is taken", "type": "taken"} for c in columns
+            ]
+            detail = f"The {' with this '.join(columns) or 'value'} is taken."
+            return problem(409, detail, errors=errors or MISSING)
     is_telling = code.startswith(("42", "SQLITE_ERROR", *TEMPORARY))  # others may quote a row
     said = str(cause).partition("\n")[0] if is_telling else type(cause).__name__
     if error.connection_invalidated or code.startswith(TEMPORARY):
