@@ -56,8 +56,7 @@ DELETE = "DELETE", "/users/{id}", None
 READY = "GET", "/readyz", None
 Call = tuple[str, str, object]
 
-# A handler that fails on its own, one with a transaction, and on SQLite the check of foreign keys,
-# which is not done there if nobody asks for it.
+# A handler that fails on its own, and one with a transaction.
 MORE = """
 
 @app.get("/file")
@@ -70,11 +69,6 @@ async def transaction(session: SessionDep) -> Any:
     async with session.begin():
         await session.all(LIST, after=0, limit=1)
         return await session.all(LIST, after=0, limit=1)
-
-
-if not POSTGRES:
-    keys = "PRAGMA foreign_keys = ON"
-    event.listen(autocommit.sync_engine, "connect", lambda c, _: c.execute(keys))
 """
 
 
