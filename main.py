@@ -6,7 +6,6 @@ SPDX-License-Identifier: MIT
 import asyncio
 import logging
 import sys
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -121,37 +120,29 @@ hashing = ThreadPoolExecutor(max_workers=1)  # one at a time: each takes a core 
 
 
 async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
-    """Give what to write, a hash for the password; TimeoutError: 10 s in the queue."""
+    """Give what to write, with a hash for the password."""
     columns = user.model_dump()
-    if "password" in columns:
-        loop, password = asyncio.get_running_loop(), columns.pop("password")
-        async with asyncio.timeout(10):
-            columns["password_hash"] = await loop.run_in_executor(hashing, hasher.hash, password)
+    if password := columns.pop("password", None):
+        loop = asyncio.get_running_loop()
+        columns["password_hash"] = await loop.run_in_executor(hashing, hasher.hash, password)
     return columns
 
 
 # --- Database -------------------------------------------------------------------------
 
-DEADLINE = 2.5  # seconds for a statement or a transaction, the wait for a connection included
-
 url = sa.make_url(settings.database_url)
 POSTGRES = url.get_backend_name() != "sqlite"
-FOREIGN = {"channel_binding", "connect_timeout", "connection_limit", "gssencmode", "pool_timeout"}
-FOREIGN |= {"keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval"}
-if unknown := sorted(FOREIGN & url.query.keys()):
-    logger.warning("DATABASE_URL: %s: left out, as asyncpg does not know it", ", ".join(unknown))
-dsn = url.set(drivername="postgresql").difference_update_query([*FOREIGN, "pgbouncer"])
-cache = 0 if url.query.get("pgbouncer") == "true" else 100
+FOREIGN = {"channel_binding", "connect_timeout", "connection_limit", "gssencmode", "keepalives"}
+FOREIGN |= {"keepalives_count", "keepalives_idle", "keepalives_interval", "pool_timeout"}
+if foreign := sorted(FOREIGN & url.query.keys()):
+    logger.warning("DATABASE_URL: left out, as asyncpg does not know it: %s", ", ".join(foreign))
 
 
-async def connect() -> Any:
-    """Connect to PostgreSQL; ConnectionError: no such host, port or socket."""
-    try:
-        return await asyncpg.connect(
-            dsn.render_as_string(hide_password=False), statement_cache_size=cache
-        )
-    except OSError as error:
-        raise ConnectionError(error) from error
+class Connection(asyncpg.Connection):  # type: ignore[misc]
+    async def close(self, **_: object) -> None:
+        """Take leave of the server, but do not wait for one that is frozen."""
+        with suppress(TimeoutError):
+            await super().close(timeout=0.5)
 
 
 def replace_closed(connection: Any, *_: object) -> None:
@@ -160,15 +151,10 @@ def replace_closed(connection: Any, *_: object) -> None:
         raise exc.DisconnectionError
 
 
-def discard_read_only(context: Any) -> None:
+def replace_read_only(context: Any) -> None:
     """Have the pool replace connections to what has become a standby."""
     if getattr(context.original_exception, "sqlstate", None) == "25006":
         context.is_disconnect = True
-
-
-def limit_close(connection: Any, _: object) -> None:
-    """Leave it a moment to cancel its statement, but do not wait for a frozen server."""
-    asyncio.get_running_loop().call_later(0.5, connection.driver_connection.terminate)
 
 
 def set_pragmas(connection: Any, _: object) -> None:
@@ -180,32 +166,33 @@ def begin_immediate(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")  # wait before the first read, not after it
 
 
+on_sqlite = {"timeout": 2}  # seconds, for the lock of another process
+on_postgres = {
+    "connection_class": Connection,
+    "dsn": url.set(drivername="postgresql")
+    .difference_update_query([*FOREIGN, "pgbouncer"])
+    .render_as_string(hide_password=False),
+    "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
+}
+
 # On `autocommit` a statement is a transaction of its own, on `engine` it is part of one.
+autocommit = create_async_engine(
+    "postgresql+asyncpg://" if POSTGRES else url.set(drivername="sqlite+aiosqlite", query={}),
+    connect_args=on_postgres if POSTGRES else on_sqlite,
+    isolation_level="AUTOCOMMIT",
+    hide_parameters=True,  # from the log
+    pool_size=settings.database_pool_size if POSTGRES else 1,  # who writes, one after the other
+    max_overflow=0,
+    pool_recycle=240,  # after so many seconds balancers cut what is idle,
+    pool_use_lifo=True,  # and what was used last is the least idle
+)
+engine = autocommit.execution_options(
+    isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE"
+)
 if POSTGRES:
-    autocommit = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=connect,
-        isolation_level="AUTOCOMMIT",
-        hide_parameters=True,
-        pool_size=settings.database_pool_size,
-        max_overflow=0,
-        pool_recycle=240,  # after so many seconds balancers cut what is idle,
-        pool_use_lifo=True,  # and what was used last is the least idle
-    )
-    engine = autocommit.execution_options(isolation_level="READ COMMITTED")
     event.listen(autocommit.sync_engine, "checkout", replace_closed)
-    event.listen(autocommit.sync_engine, "handle_error", discard_read_only)
-    event.listen(autocommit.sync_engine, "close", limit_close)
+    event.listen(autocommit.sync_engine, "handle_error", replace_read_only)
 else:
-    autocommit = create_async_engine(
-        url.set(drivername="sqlite+aiosqlite", query={}),
-        isolation_level="AUTOCOMMIT",
-        hide_parameters=True,
-        pool_size=1,  # a worker's writers wait here, in turn
-        max_overflow=0,
-        connect_args={"timeout": 2},  # for writers of other processes
-    )
-    engine = autocommit.execution_options(isolation_level="SERIALIZABLE")
     event.listen(autocommit.sync_engine, "connect", set_pragmas)
     event.listen(engine.sync_engine, "begin", begin_immediate)
 
@@ -215,7 +202,6 @@ class Session(AsyncSession):
 
     A statement on its own is a transaction of its own, in one round trip. Several statements, or
     objects (`session.add`), are one transaction, all or nothing, in `async with session.begin():`.
-    TimeoutError: it took longer than DEADLINE.
     """
 
     def __init__(self, engine: AsyncEngine, autocommit: AsyncEngine | None = None) -> None:
@@ -223,29 +209,18 @@ class Session(AsyncSession):
         self.autocommit = (autocommit or engine).sync_engine
         self.has_written = False
 
-    @asynccontextmanager
-    async def begin(self) -> AsyncIterator[None]:  # type: ignore[override]  # in a `with` only
-        async with asyncio.timeout(DEADLINE), super().begin():
-            yield
-
     async def all(self, statement: sa.Executable, /, **parameters: Any) -> list[dict[str, Any]]:
         """Run a statement and give its rows."""
         if self.in_transaction():
             await self.flush()
             connection = await self.connection()
             return to_dicts(await connection.execute(statement, parameters))
-
-        def run(_: object) -> list[dict[str, Any]]:  # all steps at once: to await each costs more
-            with self.autocommit.begin() as connection:
-                return to_dicts(connection.execute(statement, parameters))
-
         if self.has_written and not statement.is_select:
             raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
-        async with asyncio.timeout(DEADLINE):
-            try:
-                rows = await self.run_sync(run)
-            except exc.NotSupportedError:  # prepared before the table was altered, and not run
-                rows = await self.run_sync(run)
+        try:
+            rows = await self.run_sync(self.run_alone, statement, parameters)
+        except exc.NotSupportedError:  # prepared before the table was altered, and not run
+            rows = await self.run_sync(self.run_alone, statement, parameters)
         self.has_written |= not statement.is_select
         return rows
 
@@ -255,10 +230,17 @@ class Session(AsyncSession):
             return found[0]
         raise exc.NoResultFound
 
+    def run_alone(self, _: object, *execute: Any) -> list[dict[str, Any]]:
+        """Connect, execute and let go, in one step: to await each of them takes a fifth more."""
+        with self.autocommit.begin() as connection:
+            return to_dicts(connection.execute(*execute))
+
 
 def to_dicts(result: sa.CursorResult[Any]) -> list[dict[str, Any]]:
-    names = tuple(result.keys()) if result.returns_rows else ()
-    return [dict(zip(names, row, strict=True)) for row in result] if names else []
+    if not result.returns_rows:
+        return []
+    names = tuple(result.keys())
+    return [dict(zip(names, row, strict=True)) for row in result]
 
 
 async def get_session() -> Session:
@@ -270,19 +252,13 @@ SessionDep = Annotated[Session, Depends(get_session)]
 # --- Errors ---------------------------------------------------------------------------
 
 BUSY = "The service is busy, or its database does not answer."
-TEMPORARY = (  # what a retry can cure, by SQLSTATE or its class, or SQLite's name
-    "08",  # not reachable, or lost
-    "25006",  # read-only, as a standby is
-    "28",  # no such password: it is being changed
-    "40",  # a deadlock, or another transaction came first
+FAILED = "The service failed."
+RETRYABLE = (  # what a retry can cure: SQLSTATEs or their classes, and SQLite's names
+    *("08", "57"),  # not reachable; starting or stopping
+    *("25006", "28"),  # a standby by now; the password is being changed
+    *("40", "55P03"),  # another transaction came first
     "53",  # out of connections, disk or memory
-    "55P03",  # locked
-    "57",  # cancelled, starting, or shutting down
-    "SQLITE_BUSY",
-    "SQLITE_CANTOPEN",
-    "SQLITE_FULL",
-    "SQLITE_LOCKED",
-    "SQLITE_NOMEM",
+    *("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_LOCKED", "SQLITE_NOMEM"),
 )
 
 
@@ -305,6 +281,7 @@ class Problem(BaseModel):
 def problem(status: int, detail: str, headers: Any = None, errors: Any = MISSING) -> Response:
     title = HTTPStatus(status).phrase
     content = Problem(title=title, status=status, detail=detail, errors=errors).model_dump_json()
+    headers = {"Cache-Control": "no-store", **(headers or {})}
     return Response(content, status, headers, "application/problem+json")
 
 
@@ -340,17 +317,19 @@ def database_problem(error: exc.DBAPIError) -> Response:
             ]
             detail = f"The {' with this '.join(columns) or 'value'} is taken."
             return problem(409, detail, errors=errors or MISSING)
-    is_telling = code.startswith(("42", "SQLITE_ERROR", *TEMPORARY))  # others may quote a row
+    is_telling = code.startswith(
+        ("42", "SQLITE_ERROR", *RETRYABLE)
+    )  # what others say may quote a row
     said = str(cause).partition("\n")[0] if is_telling else type(cause).__name__
-    if error.connection_invalidated or code.startswith(TEMPORARY):
+    if error.connection_invalidated or code.startswith(RETRYABLE):
         return busy(f"{code} {said}")
     trace = "".join(format_tb(error.__traceback__))
     logger.error("%s %s: %s\nTraceback:\n%s", code, said, error.statement, trace)
-    return problem(500, "The service failed.")
+    return problem(500, FAILED)
 
 
 def methods(request: Request) -> list[str]:
-    """Name the methods of a path (RFC 9110, 10.2.1)."""
+    """Name the methods of a path (RFC 9110, 10.2.1); Starlette names those of one route."""
     known = ["OPTIONS"]
     for method in "DELETE", "GET", "PATCH", "POST", "PUT":
         scope = {**request.scope, "method": method}
@@ -362,69 +341,82 @@ def methods(request: Request) -> list[str]:
 async def to_problem(request: Request, error: Exception) -> Response:
     """Turn every error into a problem."""
     match error:
+        case HTTPException(status_code=405):
+            headers = {"Allow": ", ".join(methods(request))}
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+            return problem(405, str(error.detail), headers)
         case HTTPException():
-            headers = dict(error.headers or {})
-            if error.status_code == 405:  # Starlette names the methods of one route only
-                headers["Allow"] = ", ".join(methods(request))
-                if request.method == "OPTIONS":
-                    return Response(status_code=204, headers=headers)
-            return problem(error.status_code, error.detail, headers)
+            return problem(error.status_code, str(error.detail), error.headers)
         case RequestValidationError():
             return problem(422, "The request is not valid.", errors=error.errors())
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        case exc.TimeoutError() | exc.NotSupportedError() | TimeoutError() | ConnectionError():
+        case exc.NotSupportedError() | OSError(filename=None):  # a stale statement, a socket
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
         case exc.SQLAlchemyError() | OSError():  # the others are logged by uvicorn
-            logger.error("The service failed.", exc_info=error)
-    return problem(500, "The service failed.", {"Connection": "close"})  # as uvicorn does
+            logger.error(FAILED, exc_info=error)
+    return problem(500, FAILED, {"Connection": "close"})  # as uvicorn does
 
 
 ERRORS = HTTPException, RequestValidationError, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
 
+DEADLINE = 4  # seconds, until an answer begins
 MAX_BODY = 65536  # bytes
 OPEN = {"/livez", "/readyz", "/docs", "/redoc", "/openapi.json"}  # all else needs the token
 
 
+def refusal(scope: Scope) -> Response | None:
+    """Give the answer to a request that is not to be read."""
+    headers = Headers(scope=scope)
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    if settings.api_token and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+        is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
+        if scheme.lower() != "bearer" or not is_known:
+            return problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
+    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # which FastAPI says in plain text
+        return problem(413, "The body is too large.", {"Connection": "close"})
+    return None
+
+
 class Service(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask for the token before anything is read, and let no cache keep what is answered."""
+        """Answer in time, and let no cache keep the answer."""
+        if scope["type"] == "lifespan":
+            return await super().__call__(scope, receive, send)
 
         async def send_uncached(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if "headers" in message:  # it begins: the rest may take longer
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
+                deadline.reschedule(None)
             await send(message)
 
-        answer: ASGIApp = super().__call__
-        headers = Headers(scope=scope) if "headers" in scope else Headers()
-        if int(headers.get("Content-Length", 0)) > MAX_BODY:  # which FastAPI says in plain text
-            answer = problem(413, "The body is too large.", {"Connection": "close"})
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if settings.api_token and scope["type"] != "lifespan" and path not in OPEN:
-            scheme, _, token = headers.get("Authorization", "").partition(" ")
-            is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
-            if scheme.lower() != "bearer" or not is_known:
-                answer = problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
+        answer: ASGIApp = refusal(scope) or super().__call__
         if scope.get("method") == "HEAD":  # is GET, whose body the server leaves out
             scope = {**scope, "method": "GET"}
-        await answer(scope, receive, send_uncached)
+        try:
+            async with asyncio.timeout(DEADLINE) as deadline:
+                await answer(scope, receive, send_uncached)
+        except TimeoutError:
+            await busy(f"No answer within {DEADLINE} s")(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
-        """Describe the problems, too, and the token."""
+        """Describe the problems and the token, too; what a docstring says is the summary."""
         document = super().openapi()
         schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"] |= {**schema.pop("$defs"), "Problem": schema}
         if settings.api_token:
-            token = {"type": "http", "scheme": "bearer"}
-            document["components"].setdefault("securitySchemes", {})["token"] = token
-            document["security"] = [{"token": []}]
-            for path in OPEN & document["paths"].keys():
-                for operation in document["paths"][path].values():
-                    operation.setdefault("security", [])
+            schemes = document["components"].setdefault("securitySchemes", {})
+            schemes["token"] = {"type": "http", "scheme": "bearer"}
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                operation["summary"] = operation.get("description", path).partition(".")[0]
+                if settings.api_token:
+                    operation.setdefault("security", [] if path in OPEN else [{"token": []}])
         return document
 
 
@@ -442,18 +434,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Wait for the database, for 30 s."""
     if not settings.api_token:
         logger.warning("API_TOKEN is not set: the service is open to everyone")
-    end = time.monotonic() + 30
-    while True:
-        try:
-            await create_tables()
-            break
-        except (OSError, ValueError, exc.DBAPIError) as error:
-            if time.monotonic() > end:
-                logger.critical("DATABASE_URL: the database cannot be used")
-                logger.disabled = True  # uvicorn would add a traceback, before it ends with code 3
-                raise
-            logger.warning("DATABASE_URL: waiting for the database: %r", error)
-            await asyncio.sleep(2)
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await create_tables()
+                break
+            except (OSError, ValueError, exc.DBAPIError) as error:
+                logger.warning("DATABASE_URL: waiting for the database: %r", error)
+                await asyncio.sleep(2)
     yield
     await engine.dispose()
 
@@ -479,17 +467,16 @@ app = Service(
 # Built once: to build a statement takes longer than to run it.
 users = SQLModel.metadata.tables["users"]
 public = [users.c[name] for name in UserPublic.model_fields]
-pk, after, limit = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
+PK, AFTER, LIMIT = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
 INSERT = sa.insert(users).returning(*public)
-SELECT = sa.select(*public).where(users.c.id == pk)
-UPDATE = sa.update(users).where(users.c.id == pk).returning(*public)
-DELETE = sa.delete(users).where(users.c.id == pk).returning(users.c.id)
-LIST = sa.select(*public).where(users.c.id > after).order_by(users.c.id).limit(limit)
+SELECT = sa.select(*public).where(users.c.id == PK)
+UPDATE = sa.update(users).where(users.c.id == PK).returning(*public)
+DELETE = sa.delete(users).where(users.c.id == PK).returning(users.c.id)
+LIST = sa.select(*public).where(users.c.id > AFTER).order_by(users.c.id).limit(LIMIT)
 
 UserId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[int, Query(ge=0, le=2**63 - 1)]
-
 
 router = APIRouter(prefix="/users", tags=["users"], responses=problems(401, 413, 422, 503))
 

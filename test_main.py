@@ -501,10 +501,9 @@ def test_any_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_database(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(main, "dsn", sa.make_url("postgresql:///db?host=/nowhere"))
     for url, options, status, detail, cause in [
         ("sqlite+aiosqlite://", {}, 500, FAILED, NO_TABLE),  # as for TestClient without `with`
-        ("postgresql+asyncpg://", {"async_creator": main.connect}, 503, BUSY, "FileNotFoundError"),
+        ("postgresql+asyncpg://", {"connect_args": {"host": "/no"}}, 503, BUSY, "FileNotFound"),
     ]:
         client = app_on(monkeypatch, url, **options)
         assert is_problem(client.post(PATH, json=ADA), status, detail)

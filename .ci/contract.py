@@ -40,11 +40,14 @@ SUCCESS: dict[str, tuple[int, list[Json]]] = {  # which users each operation ans
     "livez": (200, []),
     "readyz": (200, []),
 }
-OPERATIONS: dict[str, Json] = {
-    operation["operationId"]: operation
-    for methods in main.app.openapi()["paths"].values()
-    for operation in methods.values()
-}
+
+
+def operations(document: Json) -> dict[str, Json]:
+    paths = document["paths"].values()
+    return {operation["operationId"]: operation for path in paths for operation in path.values()}
+
+
+OPERATIONS = operations(main.app.openapi())
 ERRORS = [
     (name, int(status))
     for name, operation in OPERATIONS.items()
@@ -82,7 +85,10 @@ def service(directory: Path) -> Iterator[Service]:
 def document(service: Service, directory: Path) -> Path:
     """Give the document as a service with a token shows it."""
     content = httpx.get(f"{service.url}/openapi.json").json()
-    assert content["security"] == [{"token": []}]
+    create, livez = operations(content)["create_user"], operations(content)["livez"]
+    assert (create["security"], livez["security"]) == ([{"token": []}], [])
+    assert create["summary"] == "Create a user"
+    assert livez["summary"] == "Report that the process answers"
     path = directory / "openapi.json"
     path.write_text(json.dumps(content, indent=2))  # findings name a line
     return path

