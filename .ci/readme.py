@@ -1,24 +1,30 @@
 """Execute what README.md shows.
 
-readme.py test              runs the blocks under "## Test", and looks for the tests that are named
-readme.py run               runs the block under "## Run", and replays the transcript against it
-readme.py deploy            runs the first block under "## Deploy" with Docker, and the transcript
+readme.py test              runs each block under "## Test", and looks for the tests that are named
+readme.py run               runs each block under "## Run", and replays the transcript against it
+readme.py deploy            runs the block under "## Deploy" with Docker, and the transcript
 readme.py show H LANGUAGE   prints the first block of a language under a heading H of OPERATING.md
+
+`test` and `run` need `uv`. In a folder without .venv, `test` runs the command of uv before there is
+one, and `run` runs it beside one: uv must neither need nor heed it.
 """
 
 import doctest
 import os
 import re
-import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OPERATING = (ROOT / ".github" / "OPERATING.md").read_text()
+RECIPES = (ROOT / ".github" / "RECIPES.md").read_text()
 
 
 def blocks(text: str, heading: str) -> list[tuple[str, str]]:
@@ -27,9 +33,29 @@ def blocks(text: str, heading: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
 
 
-def block(heading: str, language: str) -> str:
-    """Give the first block of a language under a heading of README.md."""
-    return next(content for found, content in blocks(README, heading) if found == language)
+def contents(heading: str, language: str) -> list[str]:
+    """Give the blocks of a language under a heading of README.md."""
+    return [content for found, content in blocks(README, heading) if found == language]
+
+
+def commands(heading: str) -> tuple[str, str]:
+    """Give the command for pip and the one for uv under a heading of README.md."""
+    with_pip, with_uv = contents(heading, "sh")
+    assert "pip install" in with_pip
+    assert with_uv.startswith("uv run ")
+    assert with_pip.count("\n") == with_uv.count("\n") == 1  # one line to paste
+    return with_pip, with_uv
+
+
+@contextmanager
+def leaving_nothing() -> Iterator[None]:
+    """Fail if git sees more, or less, in the end than in the beginning."""
+    status = ["git", "status", "--porcelain", "--untracked-files=all"]
+    before = subprocess.check_output(status, cwd=ROOT, text=True)
+    yield
+    after = subprocess.check_output(status, cwd=ROOT, text=True)
+    if before != after:
+        sys.exit(f"What git sees has changed:\n{before}became\n{after}")
 
 
 def replay(transcript: str, url: str) -> int:
@@ -51,34 +77,35 @@ def replay(transcript: str, url: str) -> int:
 
 
 def test_of_ones_own() -> int:
-    """Run the test that is shown under "## Test", in an empty directory."""
+    """Run the test that RECIPES.md shows, in an empty directory."""
+    [(_, test)] = blocks(RECIPES, "Tests as in FastAPI's tutorial")
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "test_mine.py").write_text(block("Test", "python"))
+        (Path(directory) / "test_mine.py").write_text(test)
         command = [f"{ROOT}/.venv/bin/python", "-m", "pytest", "-W", "error", directory]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(command, cwd=directory, env=environment).returncode
 
 
-def run() -> int:
-    """Follow "## Run" on a free port and an empty SQLite database; replay the transcript."""
+def run(command: str) -> int:
+    """Start the service on a free port and an empty SQLite database; replay the transcript."""
     with tempfile.TemporaryDirectory() as directory, (Path(directory) / "log").open("wb+") as log:
-        database = shlex.quote(f"sqlite:///{directory}/users.db")
-        script = (
-            block("Run", "sh")
-            .rstrip()
-            .replace("\n.venv/bin/uvicorn", f"\nDATABASE_URL={database} exec .venv/bin/uvicorn")
-        )
+        database = f"sqlite:///{directory}/users.db"
         server = subprocess.Popen(
-            ["bash", "-ec", f"{script} --port=0"], cwd=ROOT, stdout=log, stderr=log
+            ["bash", "-ec", command],
+            cwd=ROOT,
+            env=os.environ | {"DATABASE_URL": database, "UVICORN_PORT": "0"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a signal for bash alone would leave the service running
         )
         try:
             while not (found := re.findall(r"running on (http://\S+)", Path(log.name).read_text())):
                 if server.poll() is not None:
                     sys.exit(Path(log.name).read_text())
                 time.sleep(0.1)
-            return replay(block("Run", "console"), found[0])
+            return replay(contents("Run", "console")[0], found[0])
         finally:
-            server.terminate()
+            os.killpg(server.pid, signal.SIGTERM)
             server.wait(30)
 
 
@@ -91,7 +118,8 @@ def deploy() -> int:
             ["docker", *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    script = block("Deploy", "sh").replace("-v users:", f"-v {name}:")
+    [script] = contents("Deploy", "sh")
+    script = script.replace("-v users:", f"-v {name}:")
     script = script.replace("docker run", f"docker run --detach --name={name}")
     try:
         subprocess.run(["bash", "-ec", script], cwd=ROOT, check=True)
@@ -99,7 +127,7 @@ def deploy() -> int:
             if health != "starting":
                 sys.exit(docker("logs", name))
             time.sleep(1)
-        failures = replay(block("Run", "console"), "http://localhost:8000")
+        failures = replay(contents("Run", "console")[0], "http://localhost:8000")
         docker("stop", name)
         code = docker("inspect", "--format={{.State.ExitCode}}", name)
         if code not in ("0", "143"):
@@ -121,10 +149,14 @@ if __name__ == "__main__":
         case ["test"]:
             if untested():
                 sys.exit(f"README.md names tests that are not there: {untested()}")
-            subprocess.run(["bash", "-ec", block("Test", "sh")], cwd=ROOT, check=True)
+            for command in reversed(commands("Test")):
+                with leaving_nothing():
+                    subprocess.run(["bash", "-ec", command], cwd=ROOT, check=True)
             sys.exit(test_of_ones_own())
         case ["run"]:
-            sys.exit(run())
+            with leaving_nothing():
+                failures = sum(run(command) for command in commands("Run"))
+            sys.exit(failures)
         case ["deploy"]:
             sys.exit(deploy())
         case ["show", heading, language]:
