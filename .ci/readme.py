@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OPERATING = (ROOT / ".github" / "OPERATING.md").read_text()
+PROMISES = (ROOT / ".github" / "PROMISES.md").read_text()
 RECIPES = (ROOT / ".github" / "RECIPES.md").read_text()
 
 
@@ -138,17 +139,21 @@ def deploy() -> int:
         docker("volume", "rm", "--force", name)
 
 
-def untested() -> set[str]:
-    """Give the tests that README.md names and nobody wrote."""
+def untested() -> list[str]:
+    """Give the promises without a test, and the tests that are named and nobody wrote."""
     tests = "".join(file.read_text() for file in (ROOT / "test_main.py", *ROOT.glob(".ci/*.py")))
-    return set(re.findall(r"`(test_\w+)`", README)) - set(re.findall(r"def (test_\w+)", tests))
+    there = set(re.findall(r"def (test_\w+)", tests))
+    rows = re.findall(r"^\| (?!promise)(.+) \|$", PROMISES, re.MULTILINE)
+    assert rows
+    bare = [row for row in rows if not re.search(r"`test_\w+`", row)]
+    return bare + sorted(set(re.findall(r"`(test_\w+)`", PROMISES)) - there)
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["test"]:
-            if untested():
-                sys.exit(f"README.md names tests that are not there: {untested()}")
+            if found := untested():
+                sys.exit(f"Of PROMISES.md, without a test: {found}")
             for command in reversed(commands("Test")):
                 with leaving_nothing():
                     subprocess.run(["bash", "-ec", command], cwd=ROOT, check=True)
