@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from readme import README, ROOT, blocks
+from readme import README, RECIPES, ROOT, blocks
 
-from test_main import ADA, BOB, new_database, postgres, start
+from test_main import ADA, BOB, execute, new_database, postgres, start
 
 __all__ = ["new_database", "postgres"]  # fixtures
 
-RECIPES = (ROOT / ".github" / "RECIPES.md").read_text()
 FILES = (
     *("main.py", "test_main.py", "requirements.txt", "Dockerfile", ".dockerignore"),
     *(".gitignore", ".pytest.ini", ".ruff.toml", ".mypy.ini"),
@@ -236,6 +235,8 @@ REFUSED: dict[str, list[object]] = {
 def test_types_of_fields(copy: Copy, new_database: Callable[[], str], tmp_path: Path) -> None:
     copy.follow(blocks(RECIPES, "Types of fields"), tidy=False)
     base, table, public, update = "", "", "", ""
+    names = {line.partition(": ")[0] for line in columns()}
+    assert {name for name in names if name.isidentifier()} == TAKEN.keys() | REFUSED.keys()
     for line in columns():
         name, _, definition = line.partition(": ")
         if not name.isidentifier():
@@ -265,8 +266,9 @@ def test_types_of_fields(copy: Copy, new_database: Callable[[], str], tmp_path: 
     main.write_text(text)
     copy.follow([])
     copy.run(sys.executable, "-m", "mypy", "--strict", "main.py")
+    database = new_database()
     with (
-        start(tmp_path, copy.option, DATABASE_URL=new_database()) as service,
+        start(tmp_path, copy.option, DATABASE_URL=database) as service,
         service.client() as client,
     ):
         body = ADA | {"code": "a-1", "price": "1", "name": "n"}
@@ -291,6 +293,21 @@ def test_types_of_fields(copy: Copy, new_database: Callable[[], str], tmp_path: 
         assert client.post("/users", json=same).json()["detail"].count("name") == 1
         assert client.post("/users", json=bob).status_code == 201
         assert not service.logged("Traceback")
+    main.write_text(
+        main.read_text().replace(
+            "    on_sale = auto()\n", "    on_sale = auto()\n    lost = auto()\n"
+        )
+    )
+    [add_value] = re.findall(r"`(ALTER TYPE .+?)`", RECIPES)
+    with (
+        start(tmp_path, copy.option, DATABASE_URL=database) as service,
+        service.client() as client,
+    ):
+        assert client.patch(path, json={"stage": "lost"}).json()["stage"] == "lost"
+        if database.startswith("postgres"):
+            assert client.patch(path, json={"status": "lost"}).status_code == 500
+            execute(database, add_value)
+        assert client.patch(path, json={"status": "lost"}).json()["status"] == "lost"
 
 
 def test_changing_the_schema(copy: Copy, new_database: Callable[[], str], tmp_path: Path) -> None:
