@@ -6,7 +6,8 @@ readme.py deploy            runs the block under "## Deploy" with Docker, and th
 readme.py show H LANGUAGE   prints the first block of a language under a heading H of OPERATING.md
 
 `test` and `run` need `uv`. In a folder without .venv, `test` runs the command of uv before there is
-one, and `run` runs it beside one: uv must neither need nor heed it.
+one, and `run` runs it beside one. Without `--isolated` uv adds what is installed beside Python,
+plugins of pytest among it; without `--no-project` what a project in a folder above asks for.
 """
 
 import doctest
