@@ -77,8 +77,8 @@ def normalize(email: str) -> str:
 
 NO_NUL = StringConstraints(pattern=r"^[^\x00]*$")  # PostgreSQL cannot store it
 Name = Annotated[str, Field(min_length=1, max_length=100), NO_NUL]
-Email = Annotated[str, Field(max_length=254), NO_NUL, AfterValidator(normalize)]
-Password = Annotated[str, Field(min_length=8, max_length=128), NO_NUL]
+Email = Annotated[str, Field(max_length=254), AfterValidator(normalize)]
+Password = Annotated[str, Field(min_length=8, max_length=128)]
 ADA: Any = {"name": "Ada Lovelace", "email": "ada@example.com", "password": "correct horse"}
 
 
@@ -132,15 +132,11 @@ async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
 
 url = sa.make_url(settings.database_url)
 POSTGRES = url.get_backend_name() != "sqlite"
-FOREIGN = {"channel_binding", "connect_timeout", "connection_limit", "gssencmode", "keepalives"}
-FOREIGN |= {"keepalives_count", "keepalives_idle", "keepalives_interval", "pool_timeout"}
-if foreign := sorted(FOREIGN & url.query.keys()):
-    logger.warning("DATABASE_URL: left out, as asyncpg does not know it: %s", ", ".join(foreign))
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]
     async def close(self, **_: object) -> None:
-        """Take leave of the server, but do not wait for one that is frozen."""
+        """Say goodbye, but do not wait for a server that is frozen, as SQLAlchemy would."""
         with suppress(TimeoutError):
             await super().close(timeout=0.5)
 
@@ -151,9 +147,10 @@ def replace_closed(connection: Any, *_: object) -> None:
         raise exc.DisconnectionError
 
 
-def replace_read_only(context: Any) -> None:
-    """Have the pool replace connections to what has become a standby."""
-    if getattr(context.original_exception, "sqlstate", None) == "25006":
+def replace_unfit(context: Any) -> None:
+    """Have the pool replace connections to what is frozen, or has become a standby."""
+    cause = context.original_exception
+    if isinstance(cause, TimeoutError) or getattr(cause, "sqlstate", None) == "25006":
         context.is_disconnect = True
 
 
@@ -166,34 +163,44 @@ def begin_immediate(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")  # wait before the first read, not after it
 
 
-on_sqlite = {"timeout": 2}  # seconds, for the lock of another process
-on_postgres = {
-    "connection_class": Connection,
-    "dsn": url.set(drivername="postgresql")
-    .difference_update_query([*FOREIGN, "pgbouncer"])
-    .render_as_string(hide_password=False),
-    "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
-}
+if POSTGRES:
+    foreign = {"channel_binding", "connect_timeout", "connection_limit", "gssencmode"}
+    foreign |= {"keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval"}
+    foreign |= {"pool_timeout"}
+    if ignored := sorted(foreign & url.query.keys()):
+        logger.warning("DATABASE_URL: asyncpg does not know, left out: %s", ", ".join(ignored))
+    dsn = url.set(drivername="postgresql").difference_update_query([*foreign, "pgbouncer"])
+    address = sa.make_url("postgresql+asyncpg://")  # the rest is for asyncpg to read, as `dsn`
+    connect_args: dict[str, Any] = {
+        "dsn": dsn.render_as_string(hide_password=False),
+        "connection_class": Connection,
+        "timeout": 2.5,  # seconds, to connect
+        "command_timeout": 2.5,  # seconds, for a statement
+        "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
+    }
+else:
+    address = url.set(drivername="sqlite+aiosqlite", query={})
+    connect_args = {"timeout": 2}  # seconds, for the lock of another process
 
 # On `autocommit` a statement is a transaction of its own, on `engine` it is part of one.
 autocommit = create_async_engine(
-    "postgresql+asyncpg://" if POSTGRES else url.set(drivername="sqlite+aiosqlite", query={}),
-    connect_args=on_postgres if POSTGRES else on_sqlite,
+    address,
+    connect_args=connect_args,
     isolation_level="AUTOCOMMIT",
     hide_parameters=True,  # from the log
-    pool_size=settings.database_pool_size if POSTGRES else 1,  # who writes, one after the other
+    pool_size=settings.database_pool_size if POSTGRES else 1,  # SQLite takes one writer
     max_overflow=0,
-    pool_recycle=240,  # after so many seconds balancers cut what is idle,
+    pool_recycle=240,  # seconds, after which balancers cut what is idle,
     pool_use_lifo=True,  # and what was used last is the least idle
 )
 engine = autocommit.execution_options(
-    isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE"
+    isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE"  # as they are delivered
 )
 if POSTGRES:
-    event.listen(autocommit.sync_engine, "checkout", replace_closed)
-    event.listen(autocommit.sync_engine, "handle_error", replace_read_only)
+    event.listen(autocommit.pool, "checkout", replace_closed)
+    event.listen(autocommit.sync_engine, "handle_error", replace_unfit)
 else:
-    event.listen(autocommit.sync_engine, "connect", set_pragmas)
+    event.listen(autocommit.pool, "connect", set_pragmas)
     event.listen(engine.sync_engine, "begin", begin_immediate)
 
 
@@ -202,11 +209,13 @@ class Session(AsyncSession):
 
     A statement on its own is a transaction of its own, in one round trip. Several statements, or
     objects (`session.add`), are one transaction, all or nothing, in `async with session.begin():`.
+    A second write outside of it is an InvalidRequestError.
     """
 
     def __init__(self, engine: AsyncEngine, autocommit: AsyncEngine | None = None) -> None:
+        """Take an engine; with one for lone statements, too, they go without BEGIN and COMMIT."""
         super().__init__(engine, autobegin=False, expire_on_commit=False)
-        self.autocommit = (autocommit or engine).sync_engine
+        self.for_lone_statements = (autocommit or engine).sync_engine
         self.has_written = False
 
     async def all(self, statement: sa.Executable, /, **parameters: Any) -> list[dict[str, Any]]:
@@ -219,7 +228,9 @@ class Session(AsyncSession):
             raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
         try:
             rows = await self.run_sync(self.run_alone, statement, parameters)
-        except exc.NotSupportedError:  # prepared before the table was altered, and not run
+        except (
+            exc.NotSupportedError
+        ):  # it was prepared before the table was altered, and has not run
             rows = await self.run_sync(self.run_alone, statement, parameters)
         self.has_written |= not statement.is_select
         return rows
@@ -231,8 +242,8 @@ class Session(AsyncSession):
         raise exc.NoResultFound
 
     def run_alone(self, _: object, *execute: Any) -> list[dict[str, Any]]:
-        """Connect, execute and let go, in one step: to await each of them takes a fifth more."""
-        with self.autocommit.begin() as connection:
+        """Connect, execute and let go in one step: to await each of them takes a fifth more."""
+        with self.for_lone_statements.begin() as connection:
             return to_dicts(connection.execute(*execute))
 
 
@@ -244,14 +255,14 @@ def to_dicts(result: sa.CursorResult[Any]) -> list[dict[str, Any]]:
 
 
 async def get_session() -> Session:
-    return Session(engine, autocommit)
+    return Session(engine, autocommit)  # which has nothing to close: it holds no connection
 
 
 SessionDep = Annotated[Session, Depends(get_session)]
 
 # --- Errors ---------------------------------------------------------------------------
 
-BUSY = "The service is busy, or its database does not answer."
+BUSY = "The service cannot answer at the moment."
 FAILED = "The service failed."
 RETRYABLE = (  # what a retry can cure: SQLSTATEs or their classes, and SQLite's names
     *("08", "57"),  # not reachable; starting or stopping
@@ -281,7 +292,6 @@ class Problem(BaseModel):
 def problem(status: int, detail: str, headers: Any = None, errors: Any = MISSING) -> Response:
     title = HTTPStatus(status).phrase
     content = Problem(title=title, status=status, detail=detail, errors=errors).model_dump_json()
-    headers = {"Cache-Control": "no-store", **(headers or {})}
     return Response(content, status, headers, "application/problem+json")
 
 
@@ -311,16 +321,13 @@ def database_problem(error: exc.DBAPIError) -> Response:
     if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE"):
         columns = taken(cause)
         table = SQLModel.metadata.tables.get(getattr(cause, "table_name", None) or "")
-        if table is None or columns != table.primary_key.columns.keys():
-            errors = [
-                {"loc": ["body", c], "msg": "Value is taken", "type": "taken"} for c in columns
-            ]
+        if table is None or columns != table.primary_key.columns.keys():  # the service's own
+            entry = {"msg": "Value is taken", "type": "taken"}
+            errors = [{"loc": ["body", column], **entry} for column in columns]
             detail = f"The {' with this '.join(columns) or 'value'} is taken."
             return problem(409, detail, errors=errors or MISSING)
-    is_telling = code.startswith(
-        ("42", "SQLITE_ERROR", *RETRYABLE)
-    )  # what others say may quote a row
-    said = str(cause).partition("\n")[0] if is_telling else type(cause).__name__
+    quotes_no_row = code.startswith(("42", "SQLITE_ERROR", *RETRYABLE))  # and so may be logged
+    said = str(cause).partition("\n")[0] if quotes_no_row else type(cause).__name__
     if error.connection_invalidated or code.startswith(RETRYABLE):
         return busy(f"{code} {said}")
     trace = "".join(format_tb(error.__traceback__))
@@ -352,20 +359,23 @@ async def to_problem(request: Request, error: Exception) -> Response:
             return problem(422, "The request is not valid.", errors=error.errors())
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        case exc.NotSupportedError() | OSError(filename=None):  # a stale statement, a socket
+        case exc.NotSupportedError():  # as in Session.all, but amid a transaction
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
-        case exc.SQLAlchemyError() | OSError():  # the others are logged by uvicorn
+        case OSError() if error.filename is None:  # of a socket, not of a file
+            return busy(repr(error))
+        case exc.SQLAlchemyError() | OSError():
             logger.error(FAILED, exc_info=error)
-    return problem(500, FAILED, {"Connection": "close"})  # as uvicorn does
+    return problem(500, FAILED, {"Connection": "close"})
 
 
+# Any other Exception is logged by uvicorn, which closes the connection after it.
 ERRORS = HTTPException, RequestValidationError, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
 
-DEADLINE = 4  # seconds, until an answer begins
+DEADLINE = 10  # seconds, until an answer begins
 MAX_BODY = 65536  # bytes
 OPEN = {"/livez", "/readyz", "/docs", "/redoc", "/openapi.json"}  # all else needs the token
 
@@ -374,7 +384,8 @@ def refusal(scope: Scope) -> Response | None:
     """Give the answer to a request that is not to be read."""
     headers = Headers(scope=scope)
     scheme, _, token = headers.get("Authorization", "").partition(" ")
-    if settings.api_token and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # a proxy's prefix
+    if settings.api_token and path not in OPEN:
         is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
         if scheme.lower() != "bearer" or not is_known:
             return problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
@@ -390,19 +401,20 @@ class Service(FastAPI):
             return await super().__call__(scope, receive, send)
 
         async def send_uncached(message: Message) -> None:
-            if "headers" in message:  # it begins: the rest may take longer
+            if "headers" in message:  # the answer begins
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-                deadline.reschedule(None)
+                if not deadline.expired():
+                    deadline.reschedule(None)  # the rest of it may take longer
             await send(message)
 
         answer: ASGIApp = refusal(scope) or super().__call__
-        if scope.get("method") == "HEAD":  # is GET, whose body the server leaves out
+        if scope.get("method") == "HEAD":  # is GET; the server knows, and leaves the body out
             scope = {**scope, "method": "GET"}
         try:
             async with asyncio.timeout(DEADLINE) as deadline:
                 await answer(scope, receive, send_uncached)
         except TimeoutError:
-            await busy(f"No answer within {DEADLINE} s")(scope, receive, send)
+            await busy(f"{DEADLINE} s have passed.")(scope, receive, send_uncached)
 
     def openapi(self) -> dict[str, Any]:
         """Describe the problems and the token, too; what a docstring says is the summary."""
@@ -414,7 +426,8 @@ class Service(FastAPI):
             schemes["token"] = {"type": "http", "scheme": "bearer"}
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                operation["summary"] = operation.get("description", path).partition(".")[0]
+                if operation["summary"].replace(" ", "_").lower() == operation["operationId"]:
+                    operation["summary"] = operation.get("description", path).partition(". ")[0]
                 if settings.api_token:
                     operation.setdefault("security", [] if path in OPEN else [{"token": []}])
         return document
@@ -422,7 +435,7 @@ class Service(FastAPI):
 
 async def create_tables() -> None:
     """Create the tables that are missing, one worker at a time."""
-    async with asyncio.timeout(DEADLINE), engine.begin() as connection:
+    async with engine.begin() as connection:
         if POSTGRES:
             key = sa.func.hashtext(User.__tablename__)  # of this service, whatever its version
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
@@ -439,7 +452,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             try:
                 await create_tables()
                 break
-            except (OSError, ValueError, exc.DBAPIError) as error:
+            except Exception as error:
                 logger.warning("DATABASE_URL: waiting for the database: %r", error)
                 await asyncio.sleep(2)
     yield

@@ -25,7 +25,7 @@ from sqlalchemy import make_url
 from test_main import ADA, BOB, execute, is_problem, temporary_database
 
 ROOT = Path(__file__).parent.parent
-BUSY = "The service is busy, or its database does not answer."
+BUSY = "The service cannot answer at the moment."
 REQUESTS: list[tuple[str, str, object]] = [  # one to each route that needs the database
     ("GET", "/users/1", None),
     ("GET", "/users", None),

@@ -568,7 +568,7 @@ def test_database_url(wire: Wire, tmp_path: Path, change: Callable[[str], str]) 
 
 def test_database_url_keeps_the_password(tmp_path: Path) -> None:
     url = "postgresql://us%40er:p%2Fss%3Aw%25rd@host:5433/name?sslmode=require"
-    script = "import main; print(main.on_postgres['dsn'])"
+    script = "import main; print(main.connect_args['dsn'])"
     printed = subprocess.check_output(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -762,7 +762,7 @@ def test_create_user_waits_for_its_hash_no_longer_than_the_limit(
     new_database: Callable[[], str], tmp_path: Path
 ) -> None:
     """Who has gone away from a queue of passwords, or came late to it, holds nobody up."""
-    copy = change_main(tmp_path, ("DEADLINE = 4", "DEADLINE = 2"))
+    copy = change_main(tmp_path, ("DEADLINE = 10", "DEADLINE = 2"))
     with start(tmp_path, copy, DATABASE_URL=new_database()) as service, service.client() as client:
         client.post("/users", json=ADA)
         memory = peak_memory(service.process.pid)
