@@ -27,6 +27,7 @@ README = (ROOT / "README.md").read_text()
 OPERATING = (ROOT / ".github" / "OPERATING.md").read_text()
 PROMISES = (ROOT / ".github" / "PROMISES.md").read_text()
 RECIPES = (ROOT / ".github" / "RECIPES.md").read_text()
+OWN = "Tests as in FastAPI's tutorial"
 
 
 def blocks(text: str, heading: str) -> list[tuple[str, str]]:
@@ -79,13 +80,17 @@ def replay(transcript: str, url: str) -> int:
 
 
 def test_of_ones_own() -> int:
-    """Run the test that RECIPES.md shows, in an empty directory."""
-    [(_, test)] = blocks(RECIPES, "Tests as in FastAPI's tutorial")
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "test_mine.py").write_text(test)
-        command = [f"{ROOT}/.venv/bin/python", "-m", "pytest", "-W", "error", directory]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=directory, env=environment).returncode
+    """Run the tests that README.md and RECIPES.md show, each in an empty directory."""
+    code = 0
+    tests = *contents("Test", "python"), dict(blocks(RECIPES, OWN))["python"]
+    for test in tests:
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "test_mine.py").write_text(test)
+            command = [f"{ROOT}/.venv/bin/python", "-m", "pytest", "-W", "error", directory]
+            url = f"sqlite:///{directory}/mine.db"
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "DATABASE_URL": url}
+            code |= subprocess.run(command, cwd=directory, env=environment).returncode
+    return code
 
 
 def run(command: str) -> int:
