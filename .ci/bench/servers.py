@@ -9,13 +9,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from selectors import SelectSelector
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from urllib.request import urlopen
 
 import asyncpg
@@ -36,6 +36,7 @@ class Spec(NamedTuple):
     url: str
     users: int = USERS
     cores: list[int] = CORES[:1]
+    asked: Callable[[], int] = lambda: 0  # how often the database has been, where that is counted
 
 
 class Costs(NamedTuple):
@@ -45,6 +46,7 @@ class Costs(NamedTuple):
     rate: float = 0
     median: float = 0
     slow: float = 0
+    trips: float = 0  # to the database and back, where they are counted
 
 
 START, MEMORY = "CPU of the start, until the first answer", "memory of an idle worker"
@@ -100,9 +102,10 @@ class Contender:
             list(threads.map(lambda o: load(self.address, o, 2, self.spec.users), few))
 
     def measure(self, operation: Operation, seconds: int) -> Costs:
-        before = self.used()
-        answered, *seen = load(self.address, operation, seconds, self.spec.users)
-        return Costs((self.used() - before) / answered, *seen)
+        used, asked = self.used(), self.spec.asked()
+        answered, rate, median, slow = load(self.address, operation, seconds, self.spec.users)
+        cpu, trips = self.used() - used, self.spec.asked() - asked
+        return Costs(cpu / answered, rate, median, slow, trips / answered)
 
 
 def compare(
@@ -191,8 +194,8 @@ def create_database(url: str, name: str) -> str:
 class Delay(asyncio.Protocol):
     """An end of a connection that hands on what comes, after a while."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, count: Callable[[], object]) -> None:
+        self.seconds, self.count = seconds, count
         self.loop = asyncio.get_running_loop()
         self.other: asyncio.Future[asyncio.Transport] = self.loop.create_future()
 
@@ -201,44 +204,49 @@ class Delay(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
+        self.count()
         self.loop.call_later(self.seconds, self.hand_on, data)
 
     def hand_on(self, data: bytes) -> None:
-        if self.other.done():
-            self.other.result().write(data)
-        else:
-            self.other.add_done_callback(lambda other: other.result().write(data))
+        self.other.add_done_callback(lambda other: other.result().write(data))
 
     def connection_lost(self, _: Exception | None) -> None:
         self.other.add_done_callback(lambda other: other.result().close())
 
 
-@contextmanager
-def away(url: str, seconds: float) -> Iterator[str]:
-    """Give the URL at which a database is so far away, there and back."""
-    socket_file = f"{url.partition('?host=')[2]}/.s.PGSQL.5432"
+class Distance:
+    """A TCP proxy that takes so many seconds, there and back, and counts what is asked."""
 
-    def make(seconds: float) -> Delay:
-        near = Delay(seconds)
+    def __init__(self, url: str, seconds: float) -> None:
+        self.socket_file = f"{url.partition('?host=')[2]}/.s.PGSQL.5432"
+        self.seconds = seconds / 2
+        self.asked = 0
+        self.tasks: set[asyncio.Task[None]] = set()  # or they may be collected before they end
+        self.loop = asyncio.SelectorEventLoop(SelectSelector())  # epoll waits whole milliseconds
+        server = self.loop.run_until_complete(self.loop.create_server(self.accept, "127.0.0.1"))
+        port = server.sockets[0].getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        self.thread = threading.Thread(target=self.loop.run_forever)
 
-        async def connect() -> None:
-            far = Delay(seconds)
-            await near.loop.create_unix_connection(lambda: far, socket_file)
-            near.other.set_result(far.transport)
-            far.other.set_result(near.transport)
+    def count(self) -> None:
+        self.asked += 1
 
-        tasks.add(near.loop.create_task(connect()))
+    def accept(self) -> Delay:
+        near = Delay(self.seconds, self.count)
+        self.tasks.add(self.loop.create_task(self.connect(near)))
         return near
 
-    tasks: set[asyncio.Task[None]] = set()  # or they may be collected before they end
-    loop = asyncio.SelectorEventLoop(SelectSelector())  # epoll would wait in whole milliseconds
-    serving = loop.create_server(lambda: make(seconds / 2), "127.0.0.1")
-    server = loop.run_until_complete(serving)
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield f"postgresql://postgres@127.0.0.1:{server.sockets[0].getsockname()[1]}/postgres"
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    async def connect(self, near: Delay) -> None:
+        far = Delay(self.seconds, int)
+        await self.loop.create_unix_connection(lambda: far, self.socket_file)
+        near.other.set_result(far.transport)
+        far.other.set_result(near.transport)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()

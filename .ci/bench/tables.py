@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +20,9 @@ from servers import (
     ROOT,
     START,
     USERS,
+    Distance,
     Spec,
     Table,
-    away,
     compare,
     create_database,
     fill,
@@ -190,15 +190,6 @@ def log(run: Run) -> list[Goal]:
 # --- What a database far away costs ---------------------------------------------------
 
 
-@contextmanager
-def at(url: str, distance: float) -> Iterator[str]:
-    if distance:
-        with away(url, distance / 1e3) as far:
-            yield far
-    else:
-        yield url
-
-
 def trips(run: Run) -> list[Goal]:
     operations = {
         f"{row}, {name}": operation._replace(clients=clients)
@@ -209,9 +200,12 @@ def trips(run: Run) -> list[Goal]:
     operations[hot] = OPERATIONS[PATCH]._replace(path="/users/1")
     found: dict[float, Table] = {}
     for distance in 0, 0.5, 2:  # milliseconds, there and back
-        with at(run.url, distance) as url:
-            names = "official", "ours", "bare"
-            specs = {name: Spec(uvicorn(f"{name}:app"), url) for name in names}
+        with Distance(run.url, distance / 1e3) as link:
+            url = link.url if distance else run.url
+            specs = {
+                name: Spec(uvicorn(f"{name}:app"), url, asked=partial(getattr, link, "asked"))
+                for name in ("official", "ours", "bare")
+            }
             found[distance] = compare(
                 specs, operations, run.rounds, run.seconds, lambda: fill(run.url)
             )
@@ -229,17 +223,19 @@ def trips(run: Run) -> list[Goal]:
                 yield [f"{row}, {distance} ms away", *cells, *ratios]
 
     title = "Time of a request, median and 99th percentile, with the database so far away"
-    print_table(title, [*names, "ours / official", "ours / bare"], rows())
+    print_table(title, [*specs, "ours / official", "ours / bare"], rows())
 
-    def seen(row: str) -> list[str]:
-        alone = f"{row}, 1 client"
-        near, far = (found[distance][alone] for distance in (0.5, 2))
-        return [f"{(far[name].median - near[name].median) / 0.0015:.1f}" for name in names]
-
-    title = "Round trips of a request: what the median grows by, over what the distance does"
-    print_table(title, names, ([row, *seen(row)] for row in OPERATIONS))
-    official, ours, _ = found[2][f"{PATCH}, 1 client"].values()
-    return [Goal(f"{PATCH}: time, 2 ms away, ours / official", ours.median / official.median, 0.36)]
+    far = {row: found[2][f"{row}, 1 client"] for row in OPERATIONS}
+    print_table(
+        "Round trips to the database and back, counted",
+        specs,
+        ([row, *(f"{c.trips:.1f}" for c in table.values())] for row, table in far.items()),
+    )
+    official, ours, _ = far[PATCH].values()
+    return [
+        Goal(f"{PATCH}: time, 2 ms away, ours / official", ours.median / official.median, 0.36),
+        *(Goal(f"{row}: round trips of ours", far[row]["ours"].trips, 1.2) for row in far),
+    ]
 
 
 # --- What growth costs ----------------------------------------------------------------
@@ -318,7 +314,7 @@ def pythons(run: Run) -> list[Goal]:
             skip(name, "it is not in the PATH")
             continue
         subprocess.check_call([python, "-m", "venv", environment])
-        install = environment / "bin/python", "-m", "pip", "install", "--quiet", "-r", requirements
+        install = environment / "bin/python", "-m", "pip", "install", "-qq", "-r", requirements
         subprocess.check_call(install)
         specs[name] = Spec(uvicorn("ours:app", environment / "bin/python"), run.url)
     print_rates("Pythons: CPU of a request, requests a second", specs, run)
