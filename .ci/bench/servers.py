@@ -24,8 +24,9 @@ from load import CLIENTS, Operation, load
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-CORES = sorted(os.sched_getaffinity(0))  # the first is the contenders', the others are for the
-USERS = 10_000  #                          database and the load
+CORES = sorted(os.sched_getaffinity(0))  # the first is the contenders'
+OTHERS = CORES[1:] or CORES  # for the database and the load
+USERS = 10_000
 POOL = {"POOL": str(CLIENTS), "DATABASE_POOL_SIZE": str(CLIENTS)}
 
 
@@ -74,10 +75,11 @@ class Contender:
         with tempfile.TemporaryFile("w+") as errors:
             command = [*spec.command, f"--port={port}"]
             before = time.monotonic()
+            os.sched_setaffinity(0, spec.cores)  # a thread keeps those that it begins with
             self.process = psutil.Popen(
                 command, env=os.environ | settings, stdout=log, stderr=errors
             )
-            self.process.cpu_affinity(spec.cores)
+            os.sched_setaffinity(0, OTHERS)
             while True:
                 with suppress(OSError), urlopen(f"{self.address}/users/1") as response:
                     response.read()
