@@ -307,9 +307,9 @@ def busy(cause: object) -> Response:
 
 def taken(cause: Any) -> list[str]:
     """Name the columns of the unique constraint that refused a row, as far as it is on columns."""
-    if hasattr(cause, "sqlstate"):  # Key (email)=(ada@example.com) already exists.
+    if hasattr(cause, "sqlstate"):  # Key (a, b)=(1, 2) already exists.
         names = (cause.detail or "").partition("(")[2].partition(")=(")[0].split(", ")
-    else:  # UNIQUE constraint failed: users.email
+    else:  # UNIQUE constraint failed: table.a, table.b
         names = [name.partition(".")[2] for name in str(cause).partition(": ")[2].split(", ")]
     return [name.strip('"') for name in names if name.strip('"').isidentifier()]
 
@@ -538,7 +538,7 @@ async def list_users(
     after: After = 0,
     email: Email | None = None,
 ) -> Any:
-    """List users by id, or find the one with an email. A Link leads to the next page (RFC 8288)."""
+    """List users by id, or find the one with an email. A Link is the next page (RFC 8288)."""
     query = LIST.where(users.c.email == email) if email else LIST
     rows = await session.all(query, after=after, limit=limit + 1)
     if len(rows) > limit:
