@@ -160,29 +160,32 @@ def set_pragmas(connection: Any, _: object) -> None:
 
 
 def begin_immediate(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")  # wait before the first read, not after it
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # who reads first may not wait for a lock later
 
 
 if POSTGRES:
+    # What asyncpg does not know it sends to the server as a setting, and the server refuses it.
     foreign = {"channel_binding", "connect_timeout", "connection_limit", "gssencmode"}
     foreign |= {"keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval"}
     foreign |= {"pool_timeout"}
     if ignored := sorted(foreign & url.query.keys()):
-        logger.warning("DATABASE_URL: asyncpg does not know, left out: %s", ", ".join(ignored))
+        logger.warning("DATABASE_URL: left out, of other drivers: %s", ", ".join(ignored))
     dsn = url.set(drivername="postgresql").difference_update_query([*foreign, "pgbouncer"])
-    address = sa.make_url("postgresql+asyncpg://")  # the rest is for asyncpg to read, as `dsn`
+    address = sa.make_url("postgresql+asyncpg://")
     connect_args: dict[str, Any] = {
-        "dsn": dsn.render_as_string(hide_password=False),
+        "dsn": dsn.render_as_string(hide_password=False),  # asyncpg reads sslmode, SQLAlchemy not
         "connection_class": Connection,
         "timeout": 2.5,  # seconds, to connect
         "command_timeout": 2.5,  # seconds, for a statement
+        # 0: each is parsed anew, without a name, as PgBouncer may run the next one elsewhere
         "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
     }
 else:
     address = url.set(drivername="sqlite+aiosqlite", query={})
     connect_args = {"timeout": 2}  # seconds, for the lock of another process
 
-# On `autocommit` a statement is a transaction of its own, on `engine` it is part of one.
+# On `autocommit` a statement is a transaction of its own, on `engine` it is part of one. They share
+# one pool. What listens to the first hears the second as well, but not the other way round.
 autocommit = create_async_engine(
     address,
     connect_args=connect_args,
@@ -193,9 +196,8 @@ autocommit = create_async_engine(
     pool_recycle=240,  # seconds, after which balancers cut what is idle,
     pool_use_lifo=True,  # and what was used last is the least idle
 )
-engine = autocommit.execution_options(
-    isolation_level="READ COMMITTED" if POSTGRES else "SERIALIZABLE"  # as they are delivered
-)
+DEFAULT = "READ COMMITTED" if POSTGRES else "SERIALIZABLE"  # of the databases themselves
+engine = autocommit.execution_options(isolation_level=DEFAULT)
 if POSTGRES:
     event.listen(autocommit.pool, "checkout", replace_closed)
     event.listen(autocommit.sync_engine, "handle_error", replace_unfit)
@@ -209,7 +211,7 @@ class Session(AsyncSession):
 
     A statement on its own is a transaction of its own, in one round trip. Several statements, or
     objects (`session.add`), are one transaction, all or nothing, in `async with session.begin():`.
-    A second write outside of it is an InvalidRequestError.
+    A second write outside of it, `sa.text` included, is an InvalidRequestError.
     """
 
     def __init__(self, engine: AsyncEngine, autocommit: AsyncEngine | None = None) -> None:
@@ -228,15 +230,13 @@ class Session(AsyncSession):
             raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
         try:
             rows = await self.run_sync(self.run_alone, statement, parameters)
-        except (
-            exc.NotSupportedError
-        ):  # it was prepared before the table was altered, and has not run
+        except exc.NotSupportedError:  # prepared before an ALTER TABLE: it has not run
             rows = await self.run_sync(self.run_alone, statement, parameters)
         self.has_written |= not statement.is_select
         return rows
 
     async def one(self, statement: sa.Executable, /, **parameters: Any) -> dict[str, Any]:
-        """Run a statement and give its row; NoResultFound: there is none."""
+        """Run a query, or a write with RETURNING; give its row. NoResultFound: there is none."""
         if found := await self.all(statement, **parameters):
             return found[0]
         raise exc.NoResultFound
@@ -282,7 +282,7 @@ class Invalid(BaseModel):
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 
-    type: str = Field(default="about:blank", description="There is no more to say than the title.")
+    type: str = Field(default="about:blank", description="That the status says it all.")
     title: str = Field(description="What the status means.")
     status: int = Field(description="The status of the answer.")
     detail: str = Field(description="What is wrong, for people.")
@@ -321,15 +321,17 @@ def database_problem(error: exc.DBAPIError) -> Response:
     if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE"):
         columns = taken(cause)
         table = SQLModel.metadata.tables.get(getattr(cause, "table_name", None) or "")
-        if table is None or columns != table.primary_key.columns.keys():  # the service's own
+        is_key = table is not None and columns == table.primary_key.columns.keys()
+        if not is_key:  # which the service gives, not the client
             entry = {"msg": "Value is taken", "type": "taken"}
             errors = [{"loc": ["body", column], **entry} for column in columns]
             detail = f"The {' with this '.join(columns) or 'value'} is taken."
             return problem(409, detail, errors=errors or MISSING)
-    quotes_no_row = code.startswith(("42", "SQLITE_ERROR", *RETRYABLE))  # and so may be logged
-    said = str(cause).partition("\n")[0] if quotes_no_row else type(cause).__name__
+    said = str(cause).partition("\n")[0]
     if error.connection_invalidated or code.startswith(RETRYABLE):
         return busy(f"{code} {said}")
+    if not code.startswith(("42", "SQLITE_ERROR")):  # about the statement: others quote the row
+        said = type(cause).__name__
     trace = "".join(format_tb(error.__traceback__))
     logger.error("%s %s: %s\nTraceback:\n%s", code, said, error.statement, trace)
     return problem(500, FAILED)
@@ -370,7 +372,7 @@ async def to_problem(request: Request, error: Exception) -> Response:
     return problem(500, FAILED, {"Connection": "close"})
 
 
-# Any other Exception is logged by uvicorn, which closes the connection after it.
+# Starlette raises again what only Exception names; then uvicorn logs it, and closes the connection.
 ERRORS = HTTPException, RequestValidationError, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
@@ -403,13 +405,13 @@ class Service(FastAPI):
         async def send_uncached(message: Message) -> None:
             if "headers" in message:  # the answer begins
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-                if not deadline.expired():
+                if not deadline.expired():  # or this is `busy`, below
                     deadline.reschedule(None)  # the rest of it may take longer
             await send(message)
 
         answer: ASGIApp = refusal(scope) or super().__call__
-        if scope.get("method") == "HEAD":  # is GET; the server knows, and leaves the body out
-            scope = {**scope, "method": "GET"}
+        if scope.get("method") == "HEAD":
+            scope = {**scope, "method": "GET"}  # a copy: by its own the server leaves the body out
         try:
             async with asyncio.timeout(DEADLINE) as deadline:
                 await answer(scope, receive, send_uncached)
@@ -426,8 +428,9 @@ class Service(FastAPI):
             schemes["token"] = {"type": "http", "scheme": "bearer"}
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                if operation["summary"].replace(" ", "_").lower() == operation["operationId"]:
-                    operation["summary"] = operation.get("description", path).partition(". ")[0]
+                if operation["summary"] == operation["operationId"].replace("_", " ").title():
+                    sentence = operation.get("description", path).partition(". ")[0]
+                    operation["summary"] = sentence.removesuffix(".")
                 if settings.api_token:
                     operation.setdefault("security", [] if path in OPEN else [{"token": []}])
         return document
@@ -480,6 +483,7 @@ app = Service(
 # Built once: to build a statement takes longer than to run it.
 users = SQLModel.metadata.tables["users"]
 public = [users.c[name] for name in UserPublic.model_fields]
+# Other parameters of INSERT and UPDATE name columns, so none of these may be called as one is.
 PK, AFTER, LIMIT = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
 INSERT = sa.insert(users).returning(*public)
 SELECT = sa.select(*public).where(users.c.id == PK)
