@@ -3,7 +3,7 @@
 python .ci/mutants.py DIRECTORY [--lines 100-150] [--jobs 2]   # with all that .ci/run installs
 
 In DIRECTORY one file says who kills which mutant, and is read by a start after an interruption;
-another names those that live, and those that mypy alone tells. A test that fails by chance kills.
+another names those that live, and those that mypy alone tells. Tests that measure are left out.
 
 Cosmic Ray has no operators for statements, keyword arguments, entries, elements and strings, and a
 worker for each copy; mutmut changes nothing outside of functions, or in those with a decorator.
@@ -79,13 +79,8 @@ def change(mutants: Sequence[Mutant]) -> str:
 
 
 def span(node: Any) -> Span:
-    """Give where a node is, with the parentheses around what is more than a constant."""
-    start = LINES[node.lineno - 1] + node.col_offset
-    end = LINES[node.end_lineno - 1] + node.end_col_offset
-    if isinstance(node, ast.expr) and not isinstance(node, ast.Constant):
-        while MAIN[:start].rstrip().endswith("(") and MAIN[end:].lstrip().startswith(")"):
-            start, end = MAIN.rindex("(", 0, start), MAIN.index(")", end) + 1
-    return start, end
+    start, end = LINES[node.lineno - 1], LINES[node.end_lineno - 1]
+    return start + node.col_offset, end + node.end_col_offset
 
 
 def edits(node: Any) -> Iterator[tuple[Span, str]]:
@@ -189,9 +184,12 @@ def make_mutants() -> list[Mutant]:
         for node in ast.iter_child_nodes(parent):
             nodes.append(node)
             for (start, end), new in () if is_left_out(node, parent) else edits(node):
-                with suppress(SyntaxError):
-                    change([mutant := Mutant(start, end, new)])
+                mutant = Mutant(start, end, new)
+                try:
+                    change([mutant])
                     mutants.add(mutant)
+                except SyntaxError:
+                    print(f"{mutant}: is not Python")
     return sorted(mutants)
 
 
@@ -200,12 +198,17 @@ def make_mutants() -> list[Mutant]:
 FORK = multiprocessing.get_context("forkserver")  # its server imports once what all runs need
 
 
+def case(test: str) -> tuple[bool, str]:
+    """Give the database of a test, and its name without parameters."""
+    return "postgres" in test, test.partition("[")[0]
+
+
 @dataclass
 class Tests:
     """Which tests run, and in which order: a plugin of pytest, which notes what fails."""
 
     files: list[str]
-    first: list[str] = field(default_factory=list)  # these before the others
+    first: list[str] = field(default_factory=list)  # all cases of these before the others
     only: str = ""  # this one alone
     are_few: bool = False  # one case of each fast test on each database
     failures: int = 1  # after so many it ends
@@ -215,15 +218,16 @@ class Tests:
         return [] if self.are_few and name in SLOW else None
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        ranks = {test: rank for rank, test in enumerate(reversed(self.first), 1)}
-        cases = {item: ("postgres" in item.nodeid, item.name.partition("[")[0]) for item in items}
-        if self.only:
-            items[:] = [item for item in items if item.nodeid == self.only]
-        elif self.are_few:
-            one_each = {case: item for item, case in reversed(cases.items())}.values()
-            items[:] = [item for item in items if item in one_each or item.nodeid in ranks]
-        items.sort(key=lambda item: (-ranks.get(item.nodeid, 0), cases[item][0]))
+    def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
+        ranks = {case(test): rank for rank, test in enumerate(reversed(self.first), 1)}
+        one_each = {case(item.nodeid): item for item in reversed(items)}.values()
+        items[:] = [
+            item
+            for item in items
+            if (item.nodeid == self.only if self.only else "alone" not in item.fixturenames)
+            if not self.are_few or item in one_each or case(item.nodeid) in ranks
+        ]
+        items.sort(key=lambda item: (-ranks.get(case(item.nodeid), 0), case(item.nodeid)[0]))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.failed += ["import"] * report.failed
@@ -293,6 +297,13 @@ def killed(mutants: list[Mutant], test: str, files: list[str]) -> list[Mutant]:
     return killed(mutants[:half], test, files) + killed(mutants[half:], test, files)
 
 
+def check(files: list[str]) -> None:
+    """See that all pass on main.py as it is: what fails always would kill all."""
+    for test in run([], Tests(files, failures=99), 1800):
+        if run([], Tests(files, only=test), 120):
+            sys.exit(f"It fails without a change: {test}")
+
+
 def share(mutants: Sequence[Mutant], least: int) -> list[list[Mutant]]:
     """Share mutants among files, in none of which they overlap."""
     groups: list[list[Mutant]] = [[] for _ in range(least)]
@@ -322,19 +333,21 @@ class Trial:
         self.killers[mutant] = killer
         with self.results.open("a") as file:
             print(json.dumps([*mutant, killer]), file=file)
-        print(f"{mutant}: {killer or 'lives'}", flush=True)
+        print(f"{mutant}: {killer or 'lives so far'}", flush=True)
 
     def living(self, mutants: Sequence[Mutant]) -> list[Mutant]:
         return [mutant for mutant in mutants if not self.killers.get(mutant)]
 
     def try_one(self, mutant: Mutant) -> None:
         near = sorted(self.killers.items(), key=lambda item: abs(item[0].start - mutant.start))
-        first = [*dict.fromkeys(killer for _, killer in near if killer)][:9]
+        first = [*dict.fromkeys(killer for _, killer in near if "::" in killer)][:5]
         self.note(mutant, "".join(run([mutant], Tests(SUITES[0], first, are_few=True), 60)[:1]))
 
     def try_together(self, mutants: list[Mutant], files: list[str]) -> None:
         failed = run(mutants, Tests(files, failures=20), 1800) if mutants else []
         for test in failed:
+            if run([], Tests(files, only=test), 120):
+                continue  # it fails by chance, or on a busy machine
             for mutant in killed(self.living(mutants), test, files):
                 self.note(mutant, test)
         living = self.living(mutants)
@@ -366,6 +379,13 @@ def postgres(folder: str) -> Iterator[str]:
         yield server.get_uri()
 
 
+def stop(*_: object) -> None:
+    """End once, and leave nothing behind."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit("Stopped: the next start goes on from here.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", type=Path)
@@ -379,7 +399,8 @@ def main() -> None:
     trial = Trial(results)
 
     os.nice(10)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     imports = re.compile(r"^(?:from|import) ([\w.]+)", re.MULTILINE)
     sources = [(ROOT / file).read_text() for file in ("main.py", *SUITES[0], *SUITES[1])]
     modules = {"schemathesis.pytest.plugin", "schemathesis.specs.openapi.schemas"}
@@ -387,6 +408,8 @@ def main() -> None:
     FORK.set_forkserver_preload(sorted(modules - {"main", "test_main", "harness"}))
     with ThreadPoolExecutor(options.jobs) as pool, scratch() as folder, postgres(folder) as url:
         os.environ |= {"TMPDIR": folder, "TEST_DATABASE_URL": url}
+        if not trial.killers:
+            list(pool.map(check, SUITES))
         list(pool.map(trial.try_one, [m for m in mutants if m not in trial.killers]))
         for files in SUITES:
             groups = share(trial.living(mutants), options.jobs)
