@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from argon2 import PasswordHasher
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from pydantic import MISSING, AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings
 from sqlalchemy import event, exc
@@ -196,12 +196,12 @@ autocommit = create_async_engine(
     pool_recycle=240,  # seconds, after which balancers cut what is idle,
     pool_use_lifo=True,  # and what was used last is the least idle
 )
-DEFAULT = "READ COMMITTED" if POSTGRES else "SERIALIZABLE"  # of the databases themselves
-engine = autocommit.execution_options(isolation_level=DEFAULT)
 if POSTGRES:
+    engine = autocommit.execution_options(isolation_level="READ COMMITTED")
     event.listen(autocommit.pool, "checkout", replace_closed)
     event.listen(autocommit.sync_engine, "handle_error", replace_unfit)
 else:
+    engine = autocommit.execution_options()
     event.listen(autocommit.pool, "connect", set_pragmas)
     event.listen(engine.sync_engine, "begin", begin_immediate)
 
@@ -265,7 +265,7 @@ SessionDep = Annotated[Session, Depends(get_session)]
 BUSY = "The service cannot answer at the moment."
 FAILED = "The service failed."
 RETRYABLE = (  # what a retry can cure: SQLSTATEs or their classes, and SQLite's names
-    *("08", "57"),  # not reachable; starting or stopping
+    *("08", "3D000", "57"),  # not reachable; not there; starting or stopping
     *("25006", "28"),  # a standby by now; the password is being changed
     *("40", "55P03"),  # another transaction came first
     "53",  # out of connections, disk or memory
@@ -314,6 +314,12 @@ def taken(cause: Any) -> list[str]:
     return [name.strip('"') for name in names if name.strip('"').isidentifier()]
 
 
+def failed(error: Exception, said: str) -> Response:
+    """Log where the service failed, but not the error's own words: they may quote a row."""
+    logger.error("%s\nTraceback:\n%s", said, "".join(format_tb(error.__traceback__)))
+    return problem(500, FAILED)
+
+
 def database_problem(error: exc.DBAPIError) -> Response:
     """Tell a value that is taken from what a retry can cure, and both from a fault of ours."""
     cause: Any = error.driver_exception
@@ -332,9 +338,7 @@ def database_problem(error: exc.DBAPIError) -> Response:
         return busy(f"{code} {said}")
     if not code.startswith(("42", "SQLITE_ERROR")):  # about the statement: others quote the row
         said = type(cause).__name__
-    trace = "".join(format_tb(error.__traceback__))
-    logger.error("%s %s: %s\nTraceback:\n%s", code, said, error.statement, trace)
-    return problem(500, FAILED)
+    return failed(error, f"{code} {said}: {error.statement}")
 
 
 def methods(request: Request) -> list[str]:
@@ -358,7 +362,10 @@ async def to_problem(request: Request, error: Exception) -> Response:
         case HTTPException():
             return problem(error.status_code, str(error.detail), error.headers)
         case RequestValidationError():
-            return problem(422, "The request is not valid.", errors=error.errors())
+            return problem(422, "The request is not valid.", errors=error.errors()[:100])
+        case ResponseValidationError():
+            place = error.errors()[0]["loc"]
+            return failed(error, f"The answer of {request.url.path} does not fit at {place}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
         case exc.NotSupportedError():  # as in Session.all, but amid a transaction
@@ -373,7 +380,8 @@ async def to_problem(request: Request, error: Exception) -> Response:
 
 
 # Starlette raises again what only Exception names; then uvicorn logs it, and closes the connection.
-ERRORS = HTTPException, RequestValidationError, exc.SQLAlchemyError, OSError, Exception
+INVALID = RequestValidationError, ResponseValidationError
+ERRORS = HTTPException, *INVALID, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
 

@@ -442,6 +442,19 @@ def test_fault_on_sqlite(on_sqlite: Subject, fault: Fault) -> None:
     assert is_fault(on_sqlite, fault)
 
 
+def test_fault_of_an_answer(on_postgres: Subject) -> None:
+    """A row that another program has made what no answer can be."""
+    breaks = "ALTER TABLE users ALTER name TYPE varchar[] USING ARRAY[name]"
+    mends = "ALTER TABLE users ALTER name TYPE varchar USING name[1]"
+    with_one_user(on_postgres)
+    with on_postgres.broken([breaks], [mends]):
+        answer = on_postgres.ask(GET)
+    assert is_problem(answer.response, 500, "The service failed.")
+    assert re.search("/users/.* does not fit at .*name", answer.log.splitlines()[0])
+    assert answer.log.count("Traceback") == 1
+    assert not re.search(SECRETS, answer.log)
+
+
 def test_fault_of_a_handler(subject: Subject) -> None:
     """A file that is not there has nothing to do with the database."""
     tracebacks = len(subject.service.logged("Traceback"))

@@ -710,6 +710,48 @@ def test_stop_amid_requests(new_database: Callable[[], str], tmp_path: Path) -> 
         assert not service.logged("Traceback")
 
 
+def test_many_faults(client: Client) -> None:
+    """An answer does not name more of them than anybody reads."""
+    response = client.post("/users", json=ADA | {str(number): 1 for number in range(6000)})
+    assert response.status_code == 422
+    assert len(response.json()["errors"]) == 100
+
+
+CANCEL = """
+import asyncio, main
+
+async def transaction():
+    session = await main.get_session()
+    async with session.begin():
+        await session.all(main.LIST, after=0, limit=1)
+
+async def cancel_at_each_step():
+    await main.create_tables()
+    for steps in range(100):
+        task = asyncio.create_task(transaction())
+        for _ in range(steps):
+            await asyncio.sleep(0 if steps % 3 else 0.0005)
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0.01)
+    print(main.autocommit.pool.checkedout())
+    await main.engine.dispose()
+
+asyncio.run(cancel_at_each_step())
+"""
+
+
+def test_cancelled_transactions(new_database: Callable[[], str]) -> None:
+    """Wherever the deadline meets one, its connection goes back to the pool."""
+    printed = subprocess.check_output(
+        [sys.executable, "-c", CANCEL],
+        cwd=ROOT,
+        env=os.environ | {"DATABASE_URL": new_database()},
+        text=True,
+    )
+    assert printed == "0\n"
+
+
 def test_stop_amid_a_body(tmp_path: Path) -> None:
     """Who has sent half of one is told so in time."""
     with start(tmp_path) as service, socket.socket() as one:
