@@ -40,9 +40,9 @@ import main
 
 PATH = "/users"
 ADA: Any = {"name": "Ada Lovelace", "email": "ada@example.com", "password": "correct horse"}
-BOB = {"name": "Łucja 🦊", "email": "bob@example.com", "password": "battery staple"}
-CHANGED = {"name": "Ada King", "email": "king@example.com", "password": "tr0ub4dor&3"}
-LIMITS = [("name", "n"), ("name", "n" * 100), ("password", "p" * 8), ("password", "p" * 128)]
+BOB: Any = {"name": "Łucja 🦊", "email": "bob@example.com", "password": "battery staple"}
+CHANGED: Any = {"name": "Ada King", "email": "king@example.com", "password": "tr0ub4dor&3"}
+LIMITS: Any = [("name", "n"), ("name", "n" * 100), ("password", "p" * 8), ("password", "p" * 128)]
 LIMITS += [("email", "e@d.io"), ("email", f"{'e' * 64}@{'d' * 63}.{'d' * 63}.{'d' * 57}.com")]
 INVALID: Any = [("name", bad) for bad in ("", "n" * 101, 1, "a\0b", "\ud800")]  # some of each field
 INVALID += [("email", bad) for bad in ("", "ada", "ada@localhost", "a\0@example.com", 1)]
@@ -55,6 +55,7 @@ MADE = {"id"}  # what is shown and made by the service: ids, times
 TOUCHED: set[str] = set()  # what of that PUT and PATCH make anew
 FILTERS = ["email"]  # by what the list can be asked for those that have the same
 UNIQUE = [["email"]]  # [["a"], ["b", "c"]]: no two have the same a, or the same b and c
+PARENTS: list[str] = []  # SQL that makes what these refer to, if it is not there
 # Runs the service for the tests, whose hashes take no time.
 CHEAP = "import main, uvicorn; main.hasher = main.PasswordHasher(1, 8, 1); uvicorn.main()"
 
@@ -207,12 +208,14 @@ def service(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture
-def client(service: Service) -> Iterator[Client]:
+def client(service: Service, database: str) -> Iterator[Client]:
     """Give a client for a service without users."""
     with service.client() as client:
         while users := ok(client.get(PATH)):
             for user in users:
                 ok(client.delete(path_of(user)), 204)
+        for statement in PARENTS:
+            execute(database, statement)
         yield client
 
 
@@ -325,7 +328,7 @@ def test_no_such_user(client: Client, ada: Any, method: str, body: object) -> No
         assert is_invalid(client.request(method, path, json=body), "path", "user_id")
 
 
-def pages(client: Client, path: str = PATH, **query: Any) -> list[Any]:
+def pages(client: Client, path: str = PATH, /, **query: Any) -> list[Any]:
     """Give the pages of a list, which lead from one to the next."""
     response = client.get(path, params=query or None, headers={"Host": "["})
     following = response.links.get("next", {}).get("url")
@@ -526,10 +529,10 @@ def test_no_database(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureF
         assert ok(client.get("/livez")) is None
 
 
-def test_session(new_database: Callable[[], str], tmp_path: Path) -> None:
+def test_session(client: Client, database: str, tmp_path: Path) -> None:
     """In a process of its own, whose `main` has the database."""
     command = [sys.executable, "-c", "import test_main; test_main.use_sessions()"]
-    env = os.environ | {"PYTHONPATH": str(HERE), "DATABASE_URL": new_database()}
+    env = os.environ | {"PYTHONPATH": str(HERE), "DATABASE_URL": database}
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
 
 
@@ -538,11 +541,10 @@ def use_sessions() -> None:
         assert client.portal
         client.portal.call(use_transactions)
         main.User.metadata.create_all(sa.create_engine("sqlite:///other.db"))
-        other = create_async_engine("sqlite+aiosqlite:///other.db", poolclass=sa.NullPool)
-        main.app.dependency_overrides[main.get_session] = lambda: main.Session(other)
-        user = ok(client.post(PATH, json=MANY[0]), 201)
-        assert ok(client.get(PATH)) == [user]
-        main.app.dependency_overrides.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            other = app_on(patch, "sqlite+aiosqlite:///other.db")
+            user = ok(other.post(PATH, json=MANY[0]), 201)
+            assert ok(other.get(PATH)) == [user]
         assert user not in ok(client.get(PATH))
 
 
@@ -553,8 +555,7 @@ async def use_transactions() -> None:
         with suppress(ZeroDivisionError):
             if way == "engine":
                 async with main.engine.begin() as connection:
-                    await connection.execute(main.INSERT, ada)
-                    await connection.execute(main.INSERT, bob)
+                    await connection.execute(main.INSERT, [ada, bob])
                     1 / divisor
             else:
                 async with session.begin():
