@@ -61,8 +61,8 @@ def put(source: str, place: str, block: str) -> str:
             start = stop = len(lines)
         case ["the", "section", *words]:
             start, stop = begin(" ".join(words)) + 1, end(" ".join(words))
-        case ["at", "the", "end", "of", "the", "section", title]:
-            start = stop = end(title)
+        case ["at", "the", "end", "of", "the", "section", *words]:
+            start = stop = end(" ".join(words))
         case ["in", "front", "of", "the", "section", title]:
             start = stop = begin(title)
         case ["in", "front", "of", name]:
@@ -142,6 +142,7 @@ def copy(tmp_path: Path) -> Copy:
 # The recipes of code, and the tests that show each on its own.
 ALONE = {
     "A parent": "posts",
+    "Belonging to another": "test",
     "Two writes in one transaction": "event or breaks_between or delete",
     "Filters and sorting": "sorted or filtered or list_users",
     "Lost updates": "etag or if_match",
@@ -186,10 +187,10 @@ def test_make_it_yours_with_recipes(copy: Copy, postgres: str) -> None:
     recipes.write_text(RECIPES)
     renaming = rename[1][rename[1].index("perl") :].partition(" \\\n")[0]
     copy.shell(f"{renaming} RECIPES.md")
-    for recipe in ("A parent", "Two writes in one transaction", "Lost updates"):
+    for recipe in list(ALONE)[:3] + ["Lost updates"]:
         copy.follow(blocks(recipes.read_text(), recipe))
     copy.check()
-    shown = "posts or event or breaks_between or etag or if_match or read or update"
+    shown = "posts or team or event or breaks_between or etag or if_match or read or update"
     copy.test(postgres, "-k", shown)
 
 
