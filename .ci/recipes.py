@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from readme import README, RECIPES, ROOT, blocks
+from readme import OWN, README, RECIPES, ROOT, blocks
 
 from test_main import ADA, BOB, execute, new_database, postgres, start
 
@@ -109,7 +109,7 @@ class Copy:
                 self.shell(content)
                 continue
             place, _, block = content.partition("\n")
-            [(name, where)] = re.findall(r"^# (\w+\.py): (.+)$", place)
+            [(name, where)] = re.findall(r"^# (\w+\.py): ([\w ]+\w)", place)
             path = self.directory / name
             path.write_text(put(path.read_text(), where, block))
         if not tidy:
@@ -187,7 +187,7 @@ def test_make_it_yours_with_recipes(copy: Copy, postgres: str) -> None:
     recipes.write_text(RECIPES)
     renaming = rename[1][rename[1].index("perl") :].partition(" \\\n")[0]
     copy.shell(f"{renaming} RECIPES.md")
-    for recipe in list(ALONE)[:3] + ["Lost updates"]:
+    for recipe in (*list(ALONE)[:3], "Lost updates"):
         copy.follow(blocks(recipes.read_text(), recipe))
     copy.check()
     shown = "posts or team or event or breaks_between or etag or if_match or read or update"
@@ -339,6 +339,24 @@ def test_changing_the_schema(copy: Copy, new_database: Callable[[], str], tmp_pa
         service.client() as client,
     ):
         assert client.post("/users", json=ADA | {"motto": "first"}).json()["motto"] == "first"
+
+
+CASCADE = """\
+        assert client.post("/users/1/posts", json={"title": "A title", "text": ""}).is_success
+        assert client.delete("/users/1").status_code == 204
+        assert execute(f"sqlite:///{tmp_path}/test.db", "SELECT * FROM posts") == []
+"""
+
+
+def test_tests_as_in_the_tutorial(copy: Copy, postgres: str) -> None:
+    """In them, too, posts go with their user."""
+    copy.follow(blocks(RECIPES, "A parent"))
+    test = dict(blocks(RECIPES, OWN))["python"]
+    end = "        client.portal.call(engine.dispose)\n"
+    assert end in test
+    test = "from test_main import execute\n" + test.replace(end, CASCADE + end)
+    (copy.directory / "test_mine.py").write_text(test)
+    copy.test(postgres, "test_mine.py")
 
 
 BATCH = """\ndef upgrade() -> None:
