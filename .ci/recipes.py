@@ -55,7 +55,7 @@ def put(source: str, place: str, block: str) -> str:
         return next((n for n in sections if n > begin(title)), len(lines))
 
     match place.split():
-        case ["on", "top"]:
+        case ["above", "the", "other", "imports"]:
             start = stop = next(n for n, line in enumerate(lines) if line.startswith("import "))
         case ["at", "the", "end"]:
             start = stop = len(lines)
