@@ -551,7 +551,7 @@ async def list_users(
     email: Email | None = None,
 ) -> Any:
     """List users by id, or find the one with an email. A Link is the next page (RFC 8288)."""
-    query = LIST.where(users.c.email == email) if email else LIST
+    query = LIST if email is None else LIST.where(users.c.email == email)
     rows = await session.all(query, after=after, limit=limit + 1)
     if len(rows) > limit:
         page = {**request.query_params, "limit": limit, "after": rows[limit - 1]["id"]}

@@ -566,6 +566,17 @@ def test_database_url(wire: Wire, tmp_path: Path, change: Callable[[str], str]) 
         assert client.post("/users", json=ADA).json() in client.get("/users").json()
 
 
+def test_database_url_of_other_drivers(postgres: str, tmp_path: Path) -> None:
+    """What asyncpg does not know is left out, and named."""
+    options = ["channel_binding", "connect_timeout", "connection_limit", "gssencmode", "keepalives"]
+    options += ["keepalives_count", "keepalives_idle", "keepalives_interval", "pool_timeout"]
+    url = make_url(postgres).update_query_dict(dict.fromkeys(options, "1"))
+    with start(tmp_path, DATABASE_URL=url.render_as_string(False)) as service:
+        with service.client() as client:
+            assert client.get("/readyz").status_code == 200
+        assert service.logged(f"DATABASE_URL: left out, .*: {', '.join(options)}\n")
+
+
 def test_database_url_keeps_the_password(tmp_path: Path) -> None:
     url = "postgresql://us%40er:p%2Fss%3Aw%25rd@host:5433/name?sslmode=require"
     script = "import main; print(main.connect_args['dsn'])"
