@@ -138,9 +138,11 @@ def compare(
                 found[-1][START] = {name: c.start for name, c in contenders.items()}
                 found[-1][MEMORY] = {name: c.memory for name, c in contenders.items()}
             finally:
-                for contender in contenders.values():
-                    contender.process.terminate()
-                psutil.wait_procs([contender.process for contender in contenders.values()], 30)
+                mains = [contender.process for contender in contenders.values()]
+                processes = [child for main in mains for child in main.children(recursive=True)]
+                for process in [*processes, *mains]:  # a wrapper of node does not end its own
+                    process.terminate()
+                psutil.wait_procs(mains, 30)
     return {
         row: {
             name: Costs(*map(median, zip(*(table[row][name] for table in found), strict=True)))
