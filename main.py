@@ -379,8 +379,8 @@ async def to_problem(request: Request, error: Exception) -> Response:
     return problem(500, FAILED, {"Connection": "close"})
 
 
-# Starlette raises again what only Exception names; then uvicorn logs it, and closes the connection.
 INVALID = RequestValidationError, ResponseValidationError
+# Starlette raises again what only Exception names; then uvicorn logs it, and closes the connection.
 ERRORS = HTTPException, *INVALID, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
@@ -393,9 +393,9 @@ OPEN = {"/livez", "/readyz", "/docs", "/redoc", "/openapi.json"}  # all else nee
 def refusal(scope: Scope) -> Response | None:
     """Give the answer to a request that is not to be read."""
     headers = Headers(scope=scope)
-    scheme, _, token = headers.get("Authorization", "").partition(" ")
     path = scope["path"].removeprefix(scope.get("root_path", ""))  # a proxy's prefix
     if settings.api_token and path not in OPEN:
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
         is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
         if scheme.lower() != "bearer" or not is_known:
             return problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
