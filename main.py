@@ -130,8 +130,13 @@ async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
 
 # --- Database -------------------------------------------------------------------------
 
-url = sa.make_url(settings.database_url)
-POSTGRES = url.get_backend_name() != "sqlite"
+# On `autocommit` a statement is a transaction of its own, on `engine` it is part of one. The second
+# is made of the first: they share the connections, and what the first hears, the second hears too.
+COMMON: dict[str, Any] = {
+    "isolation_level": "AUTOCOMMIT",
+    "hide_parameters": True,  # from the log
+    "max_overflow": 0,  # connections beyond pool_size
+}
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]
@@ -141,69 +146,70 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
             await super().close(timeout=0.5)
 
 
-def replace_closed(connection: Any, *_: object) -> None:
-    """Have the pool replace what the server has closed: to see that takes no round trip."""
-    if connection.driver_connection.is_closed():
-        raise exc.DisconnectionError
-
-
-def replace_unfit(context: Any) -> None:
-    """Have the pool replace connections to what is frozen, or has become a standby."""
-    cause = context.original_exception
-    if isinstance(cause, TimeoutError) or getattr(cause, "sqlstate", None) == "25006":
-        context.is_disconnect = True
-
-
-def set_pragmas(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-    connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
-
-
-def begin_immediate(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")  # who reads first may not wait for a lock later
-
-
-if POSTGRES:
-    # What asyncpg does not know it sends to the server as a setting, and the server refuses it.
-    foreign = {"channel_binding", "connect_timeout", "connection_limit", "gssencmode"}
-    foreign |= {"keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval"}
-    foreign |= {"pool_timeout"}
-    if ignored := sorted(foreign & url.query.keys()):
+def on_postgres(url: sa.URL) -> tuple[AsyncEngine, AsyncEngine]:
+    # asyncpg would send these to the server as its settings, and the server refuses them.
+    foreign = "channel_binding", "connect", "gssencmode", "keepalives", "pool_timeout"
+    if ignored := sorted(name for name in url.query if name.startswith(foreign)):
         logger.warning("DATABASE_URL: left out, of other drivers: %s", ", ".join(ignored))
-    dsn = url.set(drivername="postgresql").difference_update_query([*foreign, "pgbouncer"])
-    address = sa.make_url("postgresql+asyncpg://")
-    connect_args: dict[str, Any] = {
-        "dsn": dsn.render_as_string(hide_password=False),  # asyncpg reads sslmode, SQLAlchemy not
-        "connection_class": Connection,
-        "timeout": 2.5,  # seconds, to connect
-        "command_timeout": 2.5,  # seconds, for a statement
-        # 0: each is parsed anew, without a name, as PgBouncer may run the next one elsewhere
-        "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
-    }
-else:
-    address = url.set(drivername="sqlite+aiosqlite", query={})
-    connect_args = {"timeout": 2}  # seconds, for the lock of another process
+    dsn = url.set(drivername="postgresql").difference_update_query([*ignored, "pgbouncer"])
+    autocommit = create_async_engine(
+        "postgresql+asyncpg://",
+        connect_args={
+            "dsn": dsn.render_as_string(hide_password=False),  # SQLAlchemy knows no sslmode
+            "connection_class": Connection,
+            "timeout": 2.5,  # seconds, to connect
+            "command_timeout": 2.5,  # seconds, for a statement
+            # By 0 they get no names: the next one may run on another connection of PgBouncer.
+            "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
+        },
+        pool_size=settings.database_pool_size,
+        pool_recycle=240,  # seconds, after which balancers cut what is idle,
+        pool_use_lifo=True,  # and what was used last is the least idle
+        **COMMON,
+    )
 
-# On `autocommit` a statement is a transaction of its own, on `engine` it is part of one. They share
-# one pool. What listens to the first hears the second as well, but not the other way round.
-autocommit = create_async_engine(
-    address,
-    connect_args=connect_args,
-    isolation_level="AUTOCOMMIT",
-    hide_parameters=True,  # from the log
-    pool_size=settings.database_pool_size if POSTGRES else 1,  # SQLite takes one writer
-    max_overflow=0,
-    pool_recycle=240,  # seconds, after which balancers cut what is idle,
-    pool_use_lifo=True,  # and what was used last is the least idle
-)
-if POSTGRES:
-    engine = autocommit.execution_options(isolation_level="READ COMMITTED")
-    event.listen(autocommit.pool, "checkout", replace_closed)
-    event.listen(autocommit.sync_engine, "handle_error", replace_unfit)
-else:
+    @event.listens_for(autocommit.pool, "checkout")
+    def replace_closed(connection: Any, *_: object) -> None:
+        if connection.driver_connection.is_closed():  # by the server: to see it is no round trip
+            raise exc.DisconnectionError
+
+    @event.listens_for(autocommit.sync_engine, "handle_error")
+    def replace_all(context: Any) -> None:
+        cause = context.original_exception
+        is_standby = getattr(cause, "sqlstate", None) == "25006"
+        if is_standby or isinstance(cause, TimeoutError):  # so are the others, most likely
+            context.is_disconnect = context.invalidate_pool_on_disconnect = True
+
+    return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
+
+
+def on_sqlite(url: sa.URL) -> tuple[AsyncEngine, AsyncEngine]:
+    autocommit = create_async_engine(
+        url.set(drivername="sqlite+aiosqlite", query={}),
+        connect_args={"timeout": 2},  # seconds, for the lock of another process
+        pool_size=1,  # as there is one writer at a time
+        **COMMON,
+    )
     engine = autocommit.execution_options()
-    event.listen(autocommit.pool, "connect", set_pragmas)
-    event.listen(engine.sync_engine, "begin", begin_immediate)
+
+    @event.listens_for(autocommit.sync_engine, "connect")
+    def set_pragmas(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+        connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader could not become a writer later
+
+    return engine, autocommit
+
+
+url = sa.make_url(settings.database_url)
+engine, autocommit = on_sqlite(url) if url.get_backend_name() == "sqlite" else on_postgres(url)
+
+
+# What was prepared before an ALTER TABLE is refused, and has not run.
+Stale = exc.NotSupportedError
 
 
 class Session(AsyncSession):
@@ -230,7 +236,7 @@ class Session(AsyncSession):
             raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
         try:
             rows = await self.run_sync(self.run_alone, statement, parameters)
-        except exc.NotSupportedError:  # prepared before an ALTER TABLE: it has not run
+        except Stale:
             rows = await self.run_sync(self.run_alone, statement, parameters)
         self.has_written |= not statement.is_select
         return rows
@@ -324,15 +330,11 @@ def database_problem(error: exc.DBAPIError) -> Response:
     """Tell a value that is taken from what a retry can cure, and both from a fault of ours."""
     cause: Any = error.driver_exception
     code: str = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None) or ""
-    if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE"):
-        columns = taken(cause)
-        table = SQLModel.metadata.tables.get(getattr(cause, "table_name", None) or "")
-        is_key = table is not None and columns == table.primary_key.columns.keys()
-        if not is_key:  # which the service gives, not the client
-            entry = {"msg": "Value is taken", "type": "taken"}
-            errors = [{"loc": ["body", column], **entry} for column in columns]
-            detail = f"The {' with this '.join(columns) or 'value'} is taken."
-            return problem(409, detail, errors=errors or MISSING)
+    if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE") and (columns := taken(cause)) != ["id"]:
+        entry = {"msg": "Value is taken", "type": "taken"}
+        errors = [{"loc": ["body", column], **entry} for column in columns]
+        detail = f"The {' with this '.join(columns) or 'value'} is taken."
+        return problem(409, detail, errors=errors or MISSING)
     said = str(cause).partition("\n")[0]
     if error.connection_invalidated or code.startswith(RETRYABLE):
         return busy(f"{code} {said}")
@@ -364,23 +366,21 @@ async def to_problem(request: Request, error: Exception) -> Response:
         case RequestValidationError():
             return problem(422, "The request is not valid.", errors=error.errors()[:100])
         case ResponseValidationError():
-            place = error.errors()[0]["loc"]
-            return failed(error, f"The answer of {request.url.path} does not fit at {place}")
+            fault = f"{request.url.path} does not fit: {error.errors()[0]['loc']}"
+            return failed(error, f"The answer of {fault}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        case exc.NotSupportedError():  # as in Session.all, but amid a transaction
+        case Stale() | OSError(filename=None):  # a socket's, not a file's
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
-        case OSError() if error.filename is None:  # of a socket, not of a file
-            return busy(repr(error))
         case exc.SQLAlchemyError() | OSError():
-            logger.error(FAILED, exc_info=error)
-    return problem(500, FAILED, {"Connection": "close"})
+            return failed(error, str(error))
+        case _:  # the server logs it, and closes the connection
+            return problem(500, FAILED, {"Connection": "close"})
 
 
 INVALID = RequestValidationError, ResponseValidationError
-# Starlette raises again what only Exception names; then uvicorn logs it, and closes the connection.
 ERRORS = HTTPException, *INVALID, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
@@ -410,36 +410,34 @@ class Service(FastAPI):
         if scope["type"] == "lifespan":
             return await super().__call__(scope, receive, send)
 
+        answer: ASGIApp = refusal(scope) or super().__call__
+        deadline = asyncio.timeout(DEADLINE)
+
         async def send_uncached(message: Message) -> None:
             if "headers" in message:  # the answer begins
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-                if not deadline.expired():  # or this is `busy`, below
-                    deadline.reschedule(None)  # the rest of it may take longer
+                if not deadline.expired():  # as it is for the answer that says so, below
+                    deadline.reschedule(None)  # the rest may take longer
             await send(message)
 
-        answer: ASGIApp = refusal(scope) or super().__call__
         if scope.get("method") == "HEAD":
             scope = {**scope, "method": "GET"}  # a copy: by its own the server leaves the body out
         try:
-            async with asyncio.timeout(DEADLINE) as deadline:
+            async with deadline:
                 await answer(scope, receive, send_uncached)
         except TimeoutError:
             await busy(f"{DEADLINE} s have passed.")(scope, receive, send_uncached)
 
     def openapi(self) -> dict[str, Any]:
-        """Describe the problems and the token, too; what a docstring says is the summary."""
+        """Describe the problems and the token, too."""
         document = super().openapi()
         schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"] |= {**schema.pop("$defs"), "Problem": schema}
         if settings.api_token:
             schemes = document["components"].setdefault("securitySchemes", {})
             schemes["token"] = {"type": "http", "scheme": "bearer"}
-        for path, operations in document["paths"].items():
-            for operation in operations.values():
-                if operation["summary"] == operation["operationId"].replace("_", " ").title():
-                    sentence = operation.get("description", path).partition(". ")[0]
-                    operation["summary"] = sentence.removesuffix(".")
-                if settings.api_token:
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
                     operation.setdefault("security", [] if path in OPEN else [{"token": []}])
         return document
 
@@ -447,7 +445,7 @@ class Service(FastAPI):
 async def create_tables() -> None:
     """Create the tables that are missing, one worker at a time."""
     async with engine.begin() as connection:
-        if POSTGRES:
+        if connection.dialect.name == "postgresql":
             key = sa.func.hashtext(User.__tablename__)  # of this service, whatever its version
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
         await connection.run_sync(SQLModel.metadata.create_all)

@@ -87,8 +87,8 @@ def document(service: Service, directory: Path) -> Path:
     content = httpx.get(f"{service.url}/openapi.json").json()
     create, livez = operations(content)["create_user"], operations(content)["livez"]
     assert (create["security"], livez["security"]) == ([{"token": []}], [])
-    assert create["summary"] == "Create a user"
-    assert livez["summary"] == "Report that the process answers"
+    assert create["summary"] == "Create User"
+    assert livez["description"] == "Report that the process answers."
     path = directory / "openapi.json"
     path.write_text(json.dumps(content, indent=2))  # findings name a line
     return path

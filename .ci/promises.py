@@ -324,7 +324,7 @@ def test_objects_without_a_transaction(client: Client, service: Service) -> None
     """A handler that forgets it is told so, and keeps no connection: there is one."""
     for times in range(1, 4):
         assert client.post("/forgetful", json=[ADA]).status_code == 500
-        service.wait_for("InvalidRequestError: Autobegin is disabled on this Session", times)
+        service.wait_for("ERROR: +Autobegin is disabled on this Session", times)
         assert client.get("/users").json() == []
 
 
@@ -357,7 +357,7 @@ def test_parameters_are_not_logged(new_database: Callable[[], str], tmp_path: Pa
         with service.client() as client:
             response = client.get("/users/987654321")
             assert is_problem(response, 500, "The service failed.")
-        service.wait_for("StatementError")
+        service.wait_for("ERROR: .* A value is required for bind parameter 'pk'")
         assert not service.logged("987654321")
 
 
@@ -467,6 +467,36 @@ def test_lost_connections_are_replaced(wire: Wire, tmp_path: Path) -> None:
         assert not service.logged("ERROR")
 
 
+def test_lost_connections_are_replaced_by_one_that_fails(wire: Wire, tmp_path: Path) -> None:
+    """If that is idle for less, one request pays for all."""
+    with start(tmp_path, DATABASE_URL=wire.url) as service, service.client() as client:
+        assert at_once(lambda _: client.get("/users"), 20) == 20 * [200]
+        wire.lose()
+        assert is_busy(client.get("/users"))
+        assert at_once(lambda _: client.get("/users"), 20) == 20 * [200]
+
+
+def test_few_connections_are_in_use(postgres: str) -> None:
+    """The others stay idle, until they are replaced."""
+    assert printed(TAKE, postgres) == "3 1\n"
+
+
+TAKE = """
+import asyncio, main
+
+async def pid():
+    session = await main.get_session()
+    return (await session.one(main.sa.select(main.sa.func.pg_backend_pid())))["pg_backend_pid_1"]
+
+async def take():
+    at_once = await asyncio.gather(pid(), pid(), pid())
+    print(len(set(at_once)), len({await pid() for _ in range(5)}))
+    await main.engine.dispose()
+
+asyncio.run(take())
+"""
+
+
 def test_frozen_database(wire: Wire, tmp_path: Path) -> None:
     """It holds up neither a request nor the end of the service."""
     settings = {"DATABASE_URL": wire.url, "DATABASE_POOL_SIZE": "2"}
@@ -566,6 +596,28 @@ asyncio.run(cancel_at_each_step())
 """
 
 
+STREAM = """
+
+@app.get("/stream")
+async def stream() -> Response:
+    async def parts():
+        yield b"a"
+        await asyncio.sleep(2)
+        yield b"b"
+
+    from fastapi.responses import StreamingResponse
+    return StreamingResponse(parts())
+"""
+
+
+def test_long_answer(tmp_path: Path) -> None:
+    """The deadline is for its beginning."""
+    copy = change_main(tmp_path, ("DEADLINE = 10", "DEADLINE = 1"), more=STREAM)
+    with start(tmp_path, copy) as service, service.client() as client:
+        assert client.get("/stream").text == "ab"
+        assert not service.logged("ERROR|Traceback")
+
+
 def test_cancelled_transactions(new_database: Callable[[], str]) -> None:
     """Wherever the deadline meets one, its connection goes back to the pool."""
     assert printed(CANCEL, new_database()) == "0\n"
@@ -574,11 +626,21 @@ def test_cancelled_transactions(new_database: Callable[[], str]) -> None:
 # --- Settings -------------------------------------------------------------------------
 
 
+PRAGMA = """
+
+@app.get("/pragma")
+async def pragma(session: SessionDep) -> Any:
+    return await session.all(sa.text("PRAGMA foreign_keys"))
+"""
+
+
 def test_default_database(tmp_path: Path) -> None:
-    with start(tmp_path) as service, service.client() as client:
+    copy = change_main(tmp_path, more=PRAGMA)
+    with start(tmp_path, copy) as service, service.client() as client:
         assert client.post("/users", json=ADA).json()["id"] == 1
         [database] = tmp_path.rglob("users.db")
         assert execute(f"sqlite:///{database}", "PRAGMA journal_mode") == [("wal",)]
+        assert client.get("/pragma").json() == [{"foreign_keys": 1}]
     # Closed, with its log written back.
     assert [path.name for path in database.parent.glob("users.db*")] == ["users.db"]
 
@@ -619,9 +681,24 @@ def test_database_url_of_other_drivers(postgres: str, tmp_path: Path) -> None:
         assert service.logged(f"DATABASE_URL: left out, .*: {', '.join(options)}\n")
 
 
+TELL = """
+import asyncio, main
+
+@main.event.listens_for(main.engine.sync_engine, "do_connect")
+def tell(dialect, record, args, options):
+    print(options["dsn"])
+    raise ValueError
+
+try:
+    asyncio.run(main.create_tables())
+except ValueError:
+    pass
+"""
+
+
 def test_database_url_keeps_the_password(tmp_path: Path) -> None:
     url = "postgresql://us%40er:p%2Fss%3Aw%25rd@host:5433/name?sslmode=require"
-    assert printed("import main; print(main.connect_args['dsn'])", url).strip() == url
+    assert printed(TELL, url).strip() == url
 
 
 @pytest.mark.parametrize(
@@ -769,6 +846,20 @@ def test_stop_amid_a_body(tmp_path: Path) -> None:
         one.sendall(b"POST /users HTTP/1.1\r\nHost: users\r\nContent-Length: 100\r\n\r\n{")
         service.process.terminate()
         assert one.recv(12) == b"HTTP/1.1 503"
+        assert has_stopped(service)
+
+
+def test_stop_with_a_frozen_database(wire: Wire, tmp_path: Path) -> None:
+    """It is not asked for a goodbye for long, by each of the connections."""
+    settings = {"DATABASE_URL": wire.url, "DATABASE_POOL_SIZE": "20"}
+    with start(tmp_path, **settings) as service, service.client() as client:
+        with locked(wire.database) as run, ThreadPoolExecutor(20) as pool:
+            gets = [pool.submit(client.get, "/users") for _ in range(20)]
+            wait_until(lambda: waiting(wire.database) == 20)
+            run("COMMIT")
+        assert [get.result().status_code for get in gets] == 20 * [200]
+        wire.flows.clear()
+        service.process.terminate()
         assert has_stopped(service)
 
 
