@@ -29,6 +29,8 @@ from sqlmodel import Field, SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -130,28 +132,23 @@ async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
 
 # --- Database -------------------------------------------------------------------------
 
-# On `autocommit` a statement is a transaction of its own, on `engine` it is part of one. The second
-# is made of the first: they share the connections, and what the first hears, the second hears too.
-COMMON: dict[str, Any] = {
-    "isolation_level": "AUTOCOMMIT",
-    "hide_parameters": True,  # from the log
-    "max_overflow": 0,  # connections beyond pool_size
-}
+Engines = tuple[AsyncEngine, AsyncEngine]  # for transactions; for statements on their own
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]
     async def close(self, **_: object) -> None:
-        """Say goodbye, but do not wait for a server that is frozen, as SQLAlchemy would."""
+        """Wait 0.5 s for the goodbye, not 2 s as SQLAlchemy says: the server may be frozen."""
         with suppress(TimeoutError):
             await super().close(timeout=0.5)
 
 
-def on_postgres(url: sa.URL) -> tuple[AsyncEngine, AsyncEngine]:
+def on_postgres(url: sa.URL) -> Engines:
     # asyncpg would send these to the server as its settings, and the server refuses them.
-    foreign = "channel_binding", "connect", "gssencmode", "keepalives", "pool_timeout"
+    foreign = ("channel_binding", "connect", "gssencmode", "keepalives", "pool_timeout")
     if ignored := sorted(name for name in url.query if name.startswith(foreign)):
         logger.warning("DATABASE_URL: left out, of other drivers: %s", ", ".join(ignored))
     dsn = url.set(drivername="postgresql").difference_update_query([*ignored, "pgbouncer"])
+    behind_pgbouncer = url.query.get("pgbouncer") == "true"
     autocommit = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
@@ -159,57 +156,59 @@ def on_postgres(url: sa.URL) -> tuple[AsyncEngine, AsyncEngine]:
             "connection_class": Connection,
             "timeout": 2.5,  # seconds, to connect
             "command_timeout": 2.5,  # seconds, for a statement
-            # By 0 they get no names: the next one may run on another connection of PgBouncer.
-            "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
+            # 0: no statement has a name, by which another connection would not know it
+            "statement_cache_size": 0 if behind_pgbouncer else 100,
         },
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,  # from the log
         pool_size=settings.database_pool_size,
-        pool_recycle=240,  # seconds, after which balancers cut what is idle,
-        pool_use_lifo=True,  # and what was used last is the least idle
-        **COMMON,
+        max_overflow=0,
+        pool_recycle=240,  # seconds, before balancers cut what is idle
+        pool_use_lifo=True,  # the others stay idle, until they are recycled
     )
+    engine = autocommit.execution_options(isolation_level="READ COMMITTED")
 
     @event.listens_for(autocommit.pool, "checkout")
     def replace_closed(connection: Any, *_: object) -> None:
-        if connection.driver_connection.is_closed():  # by the server: to see it is no round trip
+        if connection.driver_connection.is_closed():  # which takes no round trip to see
             raise exc.DisconnectionError
 
     @event.listens_for(autocommit.sync_engine, "handle_error")
     def replace_all(context: Any) -> None:
         cause = context.original_exception
-        is_standby = getattr(cause, "sqlstate", None) == "25006"
-        if is_standby or isinstance(cause, TimeoutError):  # so are the others, most likely
-            context.is_disconnect = context.invalidate_pool_on_disconnect = True
+        if getattr(cause, "sqlstate", None) == "25006":  # the server is a standby by now
+            context.is_disconnect = True
+        if isinstance(cause, TimeoutError):  # it is frozen, or what lies between
+            context.invalidate_pool_on_disconnect = True
 
-    return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
+    return engine, autocommit
 
 
-def on_sqlite(url: sa.URL) -> tuple[AsyncEngine, AsyncEngine]:
+def on_sqlite(url: sa.URL) -> Engines:
     autocommit = create_async_engine(
         url.set(drivername="sqlite+aiosqlite", query={}),
         connect_args={"timeout": 2},  # seconds, for the lock of another process
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,  # from the log
         pool_size=1,  # as there is one writer at a time
-        **COMMON,
+        max_overflow=0,
     )
-    engine = autocommit.execution_options()
+    engine = autocommit.execution_options()  # one with a BEGIN; the driver commits what has begun
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader could not become a writer later
 
     @event.listens_for(autocommit.sync_engine, "connect")
     def set_pragmas(connection: Any, _: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
         connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
 
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader could not become a writer later
-
     return engine, autocommit
 
 
 url = sa.make_url(settings.database_url)
 engine, autocommit = on_sqlite(url) if url.get_backend_name() == "sqlite" else on_postgres(url)
-
-
-# What was prepared before an ALTER TABLE is refused, and has not run.
-Stale = exc.NotSupportedError
 
 
 class Session(AsyncSession):
@@ -220,11 +219,11 @@ class Session(AsyncSession):
     A second write outside of it, `sa.text` included, is an InvalidRequestError.
     """
 
-    def __init__(self, engine: AsyncEngine, autocommit: AsyncEngine | None = None) -> None:
-        """Take an engine; with one for lone statements, too, they go without BEGIN and COMMIT."""
+    def __init__(self, engine: AsyncEngine, autocommit: AsyncEngine) -> None:
+        """Take an engine for transactions, and one (or the same) for statements on their own."""
         super().__init__(engine, autobegin=False, expire_on_commit=False)
-        self.for_lone_statements = (autocommit or engine).sync_engine
-        self.has_written = False
+        self.autocommit = autocommit.sync_engine
+        self.has_written = False  # on its own, in the life of the session: of one request
 
     async def all(self, statement: sa.Executable, /, **parameters: Any) -> list[dict[str, Any]]:
         """Run a statement and give its rows."""
@@ -236,7 +235,7 @@ class Session(AsyncSession):
             raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
         try:
             rows = await self.run_sync(self.run_alone, statement, parameters)
-        except Stale:
+        except exc.NotSupportedError:  # prepared before an ALTER TABLE: it has not run
             rows = await self.run_sync(self.run_alone, statement, parameters)
         self.has_written |= not statement.is_select
         return rows
@@ -249,7 +248,7 @@ class Session(AsyncSession):
 
     def run_alone(self, _: object, *execute: Any) -> list[dict[str, Any]]:
         """Connect, execute and let go in one step: to await each of them takes a fifth more."""
-        with self.for_lone_statements.begin() as connection:
+        with self.autocommit.begin() as connection:
             return to_dicts(connection.execute(*execute))
 
 
@@ -268,6 +267,7 @@ SessionDep = Annotated[Session, Depends(get_session)]
 
 # --- Errors ---------------------------------------------------------------------------
 
+UNIQUE = "23505", "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"
 BUSY = "The service cannot answer at the moment."
 FAILED = "The service failed."
 RETRYABLE = (  # what a retry can cure: SQLSTATEs or their classes, and SQLite's names
@@ -298,6 +298,7 @@ class Problem(BaseModel):
 def problem(status: int, detail: str, headers: Any = None, errors: Any = MISSING) -> Response:
     title = HTTPStatus(status).phrase
     content = Problem(title=title, status=status, detail=detail, errors=errors).model_dump_json()
+    headers = {"Cache-Control": "no-store", **(headers or {})}
     return Response(content, status, headers, "application/problem+json")
 
 
@@ -330,7 +331,7 @@ def database_problem(error: exc.DBAPIError) -> Response:
     """Tell a value that is taken from what a retry can cure, and both from a fault of ours."""
     cause: Any = error.driver_exception
     code: str = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None) or ""
-    if code in ("23505", "SQLITE_CONSTRAINT_UNIQUE") and (columns := taken(cause)) != ["id"]:
+    if code in UNIQUE and (columns := taken(cause)) != ["id"]:  # which the service gives
         entry = {"msg": "Value is taken", "type": "taken"}
         errors = [{"loc": ["body", column], **entry} for column in columns]
         detail = f"The {' with this '.join(columns) or 'value'} is taken."
@@ -370,17 +371,20 @@ async def to_problem(request: Request, error: Exception) -> Response:
             return failed(error, f"The answer of {fault}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        case Stale() | OSError(filename=None):  # a socket's, not a file's
+        case exc.NotSupportedError() | exc.TimeoutError():  # see Session.all; of the pool
+            return busy(repr(error))
+        case OSError(filename=None):  # a socket's, not a file's
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
         case exc.SQLAlchemyError() | OSError():
             return failed(error, str(error))
-        case _:  # the server logs it, and closes the connection
+        case _:  # the server closes the connection
             return problem(500, FAILED, {"Connection": "close"})
 
 
 INVALID = RequestValidationError, ResponseValidationError
+# Starlette raises again what only Exception names, so that the server logs it.
 ERRORS = HTTPException, *INVALID, exc.SQLAlchemyError, OSError, Exception
 
 # --- Application ----------------------------------------------------------------------
@@ -399,24 +403,27 @@ def refusal(scope: Scope) -> Response | None:
         is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
         if scheme.lower() != "bearer" or not is_known:
             return problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
-    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # which FastAPI says in plain text
+    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # which Starlette says in plain text
         return problem(413, "The body is too large.", {"Connection": "close"})
     return None
 
 
-class Service(FastAPI):
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer in time, and let no cache keep the answer."""
-        if scope["type"] == "lifespan":
-            return await super().__call__(scope, receive, send)
+class Gate:
+    """A middleware that refuses what is not to be read, and lets no cache keep an answer."""
 
-        answer: ASGIApp = refusal(scope) or super().__call__
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer within the deadline."""
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
         deadline = asyncio.timeout(DEADLINE)
 
         async def send_uncached(message: Message) -> None:
             if "headers" in message:  # the answer begins
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-                if not deadline.expired():  # as it is for the answer that says so, below
+                if not deadline.expired():
                     deadline.reschedule(None)  # the rest may take longer
             await send(message)
 
@@ -424,10 +431,12 @@ class Service(FastAPI):
             scope = {**scope, "method": "GET"}  # a copy: by its own the server leaves the body out
         try:
             async with deadline:
-                await answer(scope, receive, send_uncached)
+                await (refusal(scope) or self.app)(scope, receive, send_uncached)
         except TimeoutError:
-            await busy(f"{DEADLINE} s have passed.")(scope, receive, send_uncached)
+            await busy(f"{DEADLINE} s have passed.")(scope, receive, send)
 
+
+class Service(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Describe the problems and the token, too."""
         document = super().openapi()
@@ -478,7 +487,7 @@ app = Service(
         {"name": "probes", "description": "For what watches the service."},
     ],
     lifespan=lifespan,
-    max_body_size=MAX_BODY,
+    middleware=[Middleware(Gate), Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)],
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
     exception_handlers=dict.fromkeys(ERRORS, to_problem),
@@ -489,7 +498,7 @@ app = Service(
 # Built once: to build a statement takes longer than to run it.
 users = SQLModel.metadata.tables["users"]
 public = [users.c[name] for name in UserPublic.model_fields]
-# Other parameters of INSERT and UPDATE name columns, so none of these may be called as one is.
+# No column may have one of these names: INSERT and UPDATE would take the parameter for its value.
 PK, AFTER, LIMIT = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
 INSERT = sa.insert(users).returning(*public)
 SELECT = sa.select(*public).where(users.c.id == PK)

@@ -504,8 +504,8 @@ def test_create_user_with_an_id_that_is_there(client: Client, ada: Any, database
 
 def app_on(patch: pytest.MonkeyPatch, url: str, **options: Any) -> TestClient:
     """Give a client for the application in this process, which has not started, on a database."""
-    engine = create_async_engine(url, poolclass=sa.NullPool, **options)
-    patch.setitem(main.app.dependency_overrides, main.get_session, lambda: main.Session(engine))
+    own = create_async_engine(url, poolclass=sa.NullPool, **options)
+    patch.setitem(main.app.dependency_overrides, main.get_session, lambda: main.Session(own, own))
     return TestClient(main.app, raise_server_exceptions=False)
 
 

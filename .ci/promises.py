@@ -333,7 +333,7 @@ def test_overridden_session(tmp_path: Path) -> None:
     more = """
 other = create_async_engine("sqlite+aiosqlite:///other.db")
 SQLModel.metadata.create_all(sa.create_engine("sqlite:///other.db"))
-app.dependency_overrides[get_session] = lambda: Session(other)
+app.dependency_overrides[get_session] = lambda: Session(other, other)
 """
     with (
         start(tmp_path, change_main(tmp_path, CHEAP, more=more)) as service,
@@ -375,6 +375,27 @@ def test_token_comes_first(tmp_path: Path) -> None:
             connection.putheader("Content-Length", "1000")
             connection.endheaders()  # and no body follows
             assert connection.getresponse().status == 401
+
+
+CORS = """
+from fastapi.middleware.cors import CORSMiddleware
+
+app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_headers=["*"])
+"""
+
+
+def test_token_and_cors(tmp_path: Path) -> None:
+    """A browser asks without the token whether it may send it, and may read that it is wrong."""
+    prefix = "    redirect_slashes=False,\n", '    redirect_slashes=False,\n    root_path="/api",\n'
+    copy = change_main(tmp_path, prefix, more=CORS)
+    with start(tmp_path, copy, API_TOKEN="token") as service, service.client() as client:
+        headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "GET"}
+        headers["Access-Control-Request-Headers"] = "authorization"
+        assert client.options("/api/users", headers=headers).status_code == 200
+        response = client.get("/api/users", headers=headers)
+        assert is_problem(response, 401, "The token is not valid.")
+        assert response.headers["Access-Control-Allow-Origin"] == "*"
+        assert client.get("/api/livez").status_code == client.get("/livez").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/users", "/users/{id}", "/openapi.json"])

@@ -401,9 +401,9 @@ def test_docs_in_a_browser(copy: Copy, tmp_path: Path) -> None:
         ]
         for _ in range(5):  # it may take the page before it is ready
             page = subprocess.check_output(command, text=True, timeout=60)
-            if "Delete a user" in page:
+            if "Delete User" in page:
                 break
-    assert "Create a user" in page
+    assert "Create User" in page
     loaded = re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="([^"]*)"', page)
     assert {address.partition("/")[0] for address in loaded} == {"docs"}
 
