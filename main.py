@@ -132,7 +132,7 @@ async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
 
 # --- Database -------------------------------------------------------------------------
 
-Engines = tuple[AsyncEngine, AsyncEngine]  # for transactions; for statements on their own
+Engines = tuple[AsyncEngine, AsyncEngine]  # for transactions, and for statements on their own
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]
@@ -371,7 +371,7 @@ async def to_problem(request: Request, error: Exception) -> Response:
             return failed(error, f"The answer of {fault}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        case exc.NotSupportedError() | exc.TimeoutError():  # see Session.all; of the pool
+        case exc.NotSupportedError() | exc.TimeoutError():  # as in Session.all; of the pool
             return busy(repr(error))
         case OSError(filename=None):  # a socket's, not a file's
             return busy(repr(error))
