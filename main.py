@@ -156,7 +156,7 @@ def on_postgres(url: sa.URL) -> Engines:
             "connection_class": Connection,
             "timeout": 2.5,  # seconds, to connect
             "command_timeout": 2.5,  # seconds, for a statement
-            # 0: no statement has a name, by which another connection would not know it
+            # 0: a statement has no name, and is parsed wherever PgBouncer runs it
             "statement_cache_size": 0 if behind_pgbouncer else 100,
         },
         isolation_level="AUTOCOMMIT",
@@ -176,10 +176,9 @@ def on_postgres(url: sa.URL) -> Engines:
     @event.listens_for(autocommit.sync_engine, "handle_error")
     def replace_all(context: Any) -> None:
         cause = context.original_exception
-        if getattr(cause, "sqlstate", None) == "25006":  # the server is a standby by now
-            context.is_disconnect = True
-        if isinstance(cause, TimeoutError):  # it is frozen, or what lies between
-            context.invalidate_pool_on_disconnect = True
+        is_standby = getattr(cause, "sqlstate", None) == "25006"
+        if is_standby or isinstance(cause, TimeoutError):  # it is frozen, or what lies between
+            context.is_disconnect = context.invalidate_pool_on_disconnect = True
 
     return engine, autocommit
 
@@ -193,10 +192,11 @@ def on_sqlite(url: sa.URL) -> Engines:
         pool_size=1,  # as there is one writer at a time
         max_overflow=0,
     )
-    engine = autocommit.execution_options()  # one with a BEGIN; the driver commits what has begun
+    engine = autocommit.execution_options()
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: sa.Connection) -> None:
+        # The driver sends COMMIT and ROLLBACK to what has begun, but no BEGIN in autocommit.
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader could not become a writer later
 
     @event.listens_for(autocommit.sync_engine, "connect")
@@ -349,6 +349,7 @@ def methods(request: Request) -> list[str]:
     known = ["OPTIONS"]
     for method in "DELETE", "GET", "PATCH", "POST", "PUT":
         scope = {**request.scope, "method": method}
+        # A router that is included answers for its routes.
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
             known += ["GET", "HEAD"] if method == "GET" else [method]
     return known
@@ -373,7 +374,7 @@ async def to_problem(request: Request, error: Exception) -> Response:
             return problem(404, "There is nothing of this id.")
         case exc.NotSupportedError() | exc.TimeoutError():  # as in Session.all; of the pool
             return busy(repr(error))
-        case OSError(filename=None):  # a socket's, not a file's
+        case OSError(filename=None):  # a socket's, not a file's; TimeoutError is one
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
