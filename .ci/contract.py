@@ -89,6 +89,7 @@ def document(service: Service, directory: Path) -> Path:
     assert (create["security"], livez["security"]) == ([{"token": []}], [])
     assert create["summary"] == "Create User"
     assert livez["description"] == "Report that the process answers."
+    assert content["components"]["schemas"]["UserCreate"]["examples"] == [ADA]
     path = directory / "openapi.json"
     path.write_text(json.dumps(content, indent=2))  # findings name a line
     return path

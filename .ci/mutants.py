@@ -266,7 +266,7 @@ def scratch() -> Iterator[str]:
 
 def copy_changed(folder: str, mutants: Sequence[Mutant]) -> Path:
     """Copy the repository, and give its main.py with changes."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(".git", ".venv", ".hypothesis", "__pycache__", ".*_cache")
     copy = Path(shutil.copytree(ROOT, f"{folder}/copy", ignore=ignored))
     (copy / "main.py").write_text(change(mutants))
     return copy / "main.py"

@@ -737,6 +737,7 @@ def test_pgbouncer(wire: Wire, tmp_path: Path, option: str, named: bool) -> None
 
 
 SECRET = "s3cret"
+WANTED = "neither postgresql://login:password@host/name (without schema) nor sqlite:///file.db"
 
 
 @pytest.mark.parametrize(
@@ -746,10 +747,11 @@ SECRET = "s3cret"
         {"DATABASE_URL": SECRET},
         {"DATABASE_URL": f"postgres://user:{SECRET}@host"},
         {"DATABASE_URL": f"sqlite://users.db/{SECRET}"},
+        {"DATABASE_URL": "sqlite:///"},
         {"DATABASE_POOL_SIZE": "many", "API_TOKEN": f"{SECRET}\u00e9"},
         {"DATABASE_URL": "", "DATABASE_POOL_SIZE": "0", "API_TOKEN": ""},
     ],
-    ids=["another database", "no URL", "no name", "a host", "two", "three"],
+    ids=["another database", "no URL", "no name", "a host", "no file", "two", "three"],
 )
 def test_bad_settings(tmp_path: Path, settings: dict[str, str]) -> None:
     """One line for each, which names it and not its value; and code 3."""
@@ -758,6 +760,8 @@ def test_bad_settings(tmp_path: Path, settings: dict[str, str]) -> None:
         lines = service.log.read_text().splitlines()
         named = [re.findall(r"^CRITICAL: +(\w+): .", line) for line in lines]
         assert named == [[name] for name in settings]
+        if "DATABASE_URL" in settings:
+            assert lines[0].endswith(f" DATABASE_URL: {WANTED}")
         assert not service.logged(SECRET)
 
 
