@@ -89,7 +89,16 @@ def document(service: Service, directory: Path) -> Path:
     assert (create["security"], livez["security"]) == ([{"token": []}], [])
     assert create["summary"] == "Create User"
     assert livez["description"] == "Report that the process answers."
-    assert content["components"]["schemas"]["UserCreate"]["examples"] == [ADA]
+    schemas, info = content["components"]["schemas"], content["info"]
+    assert schemas["UserCreate"]["examples"] == [ADA]
+    fields = [
+        *schemas["Problem"]["properties"].values(),
+        *schemas["Invalid"]["properties"].values(),
+    ]
+    assert all(field["description"] for field in fields)
+    assert info["license"] == {"name": "MIT", "identifier": "MIT"}
+    assert (info["title"], info["version"]) == ("Users", "1.0.0")
+    assert info["description"] == "Creates, reads, updates and deletes users."
     path = directory / "openapi.json"
     path.write_text(json.dumps(content, indent=2))  # findings name a line
     return path

@@ -662,6 +662,7 @@ def test_default_database(tmp_path: Path) -> None:
         [database] = tmp_path.rglob("users.db")
         assert execute(f"sqlite:///{database}", "PRAGMA journal_mode") == [("wal",)]
         assert client.get("/pragma").json() == [{"foreign_keys": 1}]
+        assert len(service.logged("WARNING: +API_TOKEN is not set")) == 1
     # Closed, with its log written back.
     assert [path.name for path in database.parent.glob("users.db*")] == ["users.db"]
 
