@@ -579,10 +579,9 @@ async def livez() -> None:
 
 
 @app.get("/readyz", tags=["probes"], response_class=Response, responses=problems(413, 503))
-async def readyz(session: SessionDep) -> Response:
+async def readyz(session: SessionDep) -> Any:
     """Report that the database answers, and that the table can be read."""
     try:
         await session.all(LIST, after=0, limit=1)
     except exc.DBAPIError as error:
         return busy(error.driver_exception)
-    return Response()

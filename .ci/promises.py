@@ -439,6 +439,17 @@ def test_fault_is_a_problem(tmp_path: Path) -> None:
         assert client.get("/users").status_code == 200
 
 
+def test_large_body(client: Client) -> None:
+    """64 KiB and no byte more, and who sends more is hung up on."""
+    body = json.dumps(ADA).encode()
+    body += b" " * (65536 - len(body))
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/users", content=body, headers=headers).status_code == 201
+    response = client.post("/users", content=body + b" ", headers=headers)
+    assert is_problem(response, 413, "The body is too large.")
+    assert response.headers["Connection"] == "close"
+
+
 def test_many_faults(client: Client) -> None:
     """An answer does not name more of them than anybody reads."""
     response = client.post("/users", json=ADA | {str(number): 1 for number in range(6000)})
@@ -628,6 +639,15 @@ async def stream() -> Response:
 
     from fastapi.responses import StreamingResponse
     return StreamingResponse(parts())
+
+
+@app.get("/late")
+async def late() -> Response:
+    try:
+        await asyncio.sleep(5)
+    except asyncio.CancelledError:
+        pass
+    return Response("late")
 """
 
 
@@ -636,6 +656,7 @@ def test_long_answer(tmp_path: Path) -> None:
     copy = change_main(tmp_path, ("DEADLINE = 10", "DEADLINE = 1"), more=STREAM)
     with start(tmp_path, copy) as service, service.client() as client:
         assert client.get("/stream").text == "ab"
+        assert client.get("/late").text == "late"  # as it does not heed it
         assert not service.logged("ERROR|Traceback")
 
 
