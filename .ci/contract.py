@@ -91,6 +91,7 @@ def document(service: Service, directory: Path) -> Path:
     assert livez["description"] == "Report that the process answers."
     schemas, info = content["components"]["schemas"], content["info"]
     assert schemas["UserCreate"]["examples"] == [ADA]
+    assert schemas["UserCreate"]["properties"]["email"]["maxLength"] == 254
     fields = [
         *schemas["Problem"]["properties"].values(),
         *schemas["Invalid"]["properties"].values(),
