@@ -192,7 +192,7 @@ def on_sqlite(url: sa.URL) -> Engines:
         pool_size=1,  # as there is one writer at a time
         max_overflow=0,
     )
-    engine = autocommit.execution_options()
+    engine = autocommit.execution_options()  # on the same pool, with an event of its own
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: sa.Connection) -> None:
@@ -404,7 +404,7 @@ def refusal(scope: Scope) -> Response | None:
         is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
         if scheme.lower() != "bearer" or not is_known:
             return problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
-    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # which Starlette says in plain text
+    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # or Starlette says it in plain text
         return problem(413, "The body is too large.", {"Connection": "close"})
     return None
 
