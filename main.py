@@ -368,8 +368,8 @@ async def to_problem(request: Request, error: Exception) -> Response:
         case RequestValidationError():
             return problem(422, "The request is not valid.", errors=error.errors()[:100])
         case ResponseValidationError():
-            fault = f"{request.url.path} does not fit: {error.errors()[0]['loc']}"
-            return failed(error, f"The answer of {fault}")
+            place = error.errors()[0]["loc"]
+            return failed(error, f"The answer of {request.url.path} does not fit: {place}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
         case exc.NotSupportedError() | exc.TimeoutError():  # as in Session.all; of the pool
