@@ -166,7 +166,6 @@ def on_postgres(url: sa.URL) -> Engines:
         pool_recycle=240,  # seconds, before balancers cut what is idle
         pool_use_lifo=True,  # the others stay idle, until they are recycled
     )
-    engine = autocommit.execution_options(isolation_level="READ COMMITTED")
 
     @event.listens_for(autocommit.pool, "checkout")
     def replace_closed(connection: Any, *_: object) -> None:
@@ -180,7 +179,7 @@ def on_postgres(url: sa.URL) -> Engines:
         if is_standby or isinstance(cause, TimeoutError):  # it is frozen, or what lies between
             context.is_disconnect = context.invalidate_pool_on_disconnect = True
 
-    return engine, autocommit
+    return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
 
 
 def on_sqlite(url: sa.URL) -> Engines:
@@ -192,17 +191,18 @@ def on_sqlite(url: sa.URL) -> Engines:
         pool_size=1,  # as there is one writer at a time
         max_overflow=0,
     )
+
+    @event.listens_for(autocommit.sync_engine, "connect")
+    def set_pragmas(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+        connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
+
     engine = autocommit.execution_options()  # on the same pool, with an event of its own
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: sa.Connection) -> None:
         # The driver sends COMMIT and ROLLBACK to what has begun, but no BEGIN in autocommit.
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader could not become a writer later
-
-    @event.listens_for(autocommit.sync_engine, "connect")
-    def set_pragmas(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-        connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
 
     return engine, autocommit
 
