@@ -176,7 +176,7 @@ def on_postgres(url: sa.URL) -> Engines:
     def replace_all(context: Any) -> None:
         cause = context.original_exception
         is_standby = getattr(cause, "sqlstate", None) == "25006"
-        if is_standby or isinstance(cause, TimeoutError):  # it is frozen, or what lies between
+        if is_standby or isinstance(cause, TimeoutError):  # all lead to the same server
             context.is_disconnect = context.invalidate_pool_on_disconnect = True
 
     return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
@@ -212,7 +212,7 @@ engine, autocommit = on_sqlite(url) if url.get_backend_name() == "sqlite" else o
 
 
 class Session(AsyncSession):
-    """The one way to the database.
+    """The way to the database, of every handler.
 
     A statement on its own is a transaction of its own, in one round trip. Several statements, or
     objects (`session.add`), are one transaction, all or nothing, in `async with session.begin():`.
@@ -235,7 +235,7 @@ class Session(AsyncSession):
             raise exc.InvalidRequestError("A second write: use `async with session.begin():`")
         try:
             rows = await self.run_sync(self.run_alone, statement, parameters)
-        except exc.NotSupportedError:  # prepared before an ALTER TABLE: it has not run
+        except exc.NotSupportedError:  # asyncpg's, after an ALTER TABLE: it has not run
             rows = await self.run_sync(self.run_alone, statement, parameters)
         self.has_written |= not statement.is_select
         return rows
@@ -288,7 +288,7 @@ class Invalid(BaseModel):
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 
-    type: str = Field(default="about:blank", description="That the status says it all.")
+    type: str = Field(default="about:blank", description="The kind of problem, a URI.")
     title: str = Field(description="What the status means.")
     status: int = Field(description="The status of the answer.")
     detail: str = Field(description="What is wrong, for people.")
@@ -322,7 +322,7 @@ def taken(cause: Any) -> list[str]:
 
 
 def failed(error: Exception, said: str) -> Response:
-    """Log where the service failed, but not the error's own words: they may quote a row."""
+    """Log what is said, and where the service failed; not the error, which may quote a row."""
     logger.error("%s\nTraceback:\n%s", said, "".join(format_tb(error.__traceback__)))
     return problem(500, FAILED)
 
@@ -349,7 +349,7 @@ def methods(request: Request) -> list[str]:
     known = ["OPTIONS"]
     for method in "DELETE", "GET", "PATCH", "POST", "PUT":
         scope = {**request.scope, "method": method}
-        # A router that is included answers for its routes.
+        # One of the routes is a whole router, which has no `methods`.
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
             known += ["GET", "HEAD"] if method == "GET" else [method]
     return known
@@ -379,14 +379,19 @@ async def to_problem(request: Request, error: Exception) -> Response:
         case exc.DBAPIError():
             return database_problem(error)
         case exc.SQLAlchemyError() | OSError():
-            return failed(error, str(error))
+            return failed(error, str(error))  # which quotes no row
         case _:  # the server closes the connection
             return problem(500, FAILED, {"Connection": "close"})
 
 
-INVALID = RequestValidationError, ResponseValidationError
-# Starlette raises again what only Exception names, so that the server logs it.
-ERRORS = HTTPException, *INVALID, exc.SQLAlchemyError, OSError, Exception
+ERRORS = (
+    HTTPException,
+    RequestValidationError,
+    ResponseValidationError,
+    exc.SQLAlchemyError,
+    OSError,
+    Exception,  # what only this names, Starlette raises again, so that the server logs it
+)
 
 # --- Application ----------------------------------------------------------------------
 
@@ -424,7 +429,7 @@ class Gate:
         async def send_uncached(message: Message) -> None:
             if "headers" in message:  # the answer begins
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-                if not deadline.expired():
+                if not deadline.expired():  # or it cannot be moved
                     deadline.reschedule(None)  # the rest may take longer
             await send(message)
 
