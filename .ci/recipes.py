@@ -26,7 +26,7 @@ __all__ = ["new_database", "postgres"]  # fixtures
 
 FILES = (
     *("main.py", "test_main.py", "requirements.txt", "Dockerfile", ".dockerignore"),
-    *(".gitignore", ".pytest.ini", ".ruff.toml", ".mypy.ini"),
+    *(".gitignore", ".logging.json", ".pytest.ini", ".ruff.toml", ".mypy.ini"),
 )
 
 

@@ -77,7 +77,7 @@ class Contender:
             before = time.monotonic()
             os.sched_setaffinity(0, spec.cores)  # a thread keeps those that it begins with
             self.process = psutil.Popen(
-                command, env=os.environ | settings, stdout=log, stderr=errors
+                command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=errors
             )
             os.sched_setaffinity(0, OTHERS)
             while True:
@@ -90,12 +90,15 @@ class Contender:
                     raise RuntimeError(f"{command} does not answer:\n{errors.read()}")
                 time.sleep(0.01)
         self.start = Costs(self.used())
-        self.memory = Costs(self.process.memory_info().rss / 2**20)
+        self.memory = Costs(max(each.memory_info().rss for each in self.processes()) / 2**20)
+
+    def processes(self) -> list[psutil.Process]:
+        """Give the process and its workers; or that which a wrapper, as of node, has started."""
+        return [self.process, *self.process.children(recursive=True)]
 
     def used(self) -> float:
         """Give the CPU time, user and system, of the process and its workers so far."""
-        processes = [self.process, *self.process.children(recursive=True)]
-        return sum(float(sum(process.cpu_times()[:2])) for process in processes)
+        return sum(float(sum(process.cpu_times()[:2])) for process in self.processes())
 
     def warm_up(self, operations: Iterable[Operation]) -> None:
         """Ask for all at once, so that what is compiled and prepared on first use is there."""
@@ -138,11 +141,10 @@ def compare(
                 found[-1][START] = {name: c.start for name, c in contenders.items()}
                 found[-1][MEMORY] = {name: c.memory for name, c in contenders.items()}
             finally:
-                mains = [contender.process for contender in contenders.values()]
-                processes = [child for main in mains for child in main.children(recursive=True)]
-                for process in [*processes, *mains]:  # a wrapper of node does not end its own
+                processes = [p for contender in contenders.values() for p in contender.processes()]
+                for process in reversed(processes):  # a wrapper of node does not end its own
                     process.terminate()
-                psutil.wait_procs(mains, 30)
+                psutil.wait_procs(processes, 30)
     return {
         row: {
             name: Costs(*map(median, zip(*(table[row][name] for table in found), strict=True)))
