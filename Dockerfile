@@ -1,4 +1,4 @@
-FROM python:3.14-slim
+FROM python:3.13-slim
 
 # `docker build --label org.opencontainers.image.source=...` adds where it was built from.
 LABEL org.opencontainers.image.title="users" org.opencontainers.image.licenses="MIT"
