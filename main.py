@@ -163,6 +163,7 @@ def on_postgres(url: sa.URL) -> Engines:
         hide_parameters=True,  # from the log
         pool_size=settings.database_pool_size,
         max_overflow=0,
+        pool_timeout=2,  # seconds, until one is free
         pool_recycle=240,  # seconds, before balancers cut what is idle
         pool_use_lifo=True,  # the others stay idle, until they are recycled
     )
