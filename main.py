@@ -419,7 +419,7 @@ class Gate:
     """A middleware that refuses what is not to be read, and lets no cache keep an answer."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        self.app = RequestBodyLimitMiddleware(app, max_body_size=MAX_BODY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer within the deadline."""
@@ -494,7 +494,7 @@ app = Service(
         {"name": "probes", "description": "For what watches the service."},
     ],
     lifespan=lifespan,
-    middleware=[Middleware(Gate), Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)],
+    middleware=[Middleware(Gate)],
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
     exception_handlers=dict.fromkeys(ERRORS, to_problem),
