@@ -357,7 +357,7 @@ def methods(request: Request) -> list[str]:
 
 
 async def to_problem(request: Request, error: Exception) -> Response:
-    """Turn every error into a problem."""
+    """Turn the errors that are known into problems."""
     match error:
         case HTTPException(status_code=405):
             headers = {"Allow": ", ".join(methods(request))}
@@ -379,20 +379,16 @@ async def to_problem(request: Request, error: Exception) -> Response:
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
-        case exc.SQLAlchemyError() | OSError():
+        case _:  # SQLAlchemy's own, or a file's
             return failed(error, str(error))  # which quotes no row
-        case _:  # the server closes the connection
-            return problem(500, FAILED, {"Connection": "close"})
 
 
-ERRORS = (
-    HTTPException,
-    RequestValidationError,
-    ResponseValidationError,
-    exc.SQLAlchemyError,
-    OSError,
-    Exception,  # what only this names, Starlette raises again, so that the server logs it
-)
+async def to_failure(request: Request, error: Exception) -> Response:
+    """Answer what Starlette then raises again: the server logs it and closes the connection."""
+    return problem(500, FAILED, {"Connection": "close"})
+
+
+KNOWN = HTTPException, RequestValidationError, ResponseValidationError, exc.SQLAlchemyError, OSError
 
 # --- Application ----------------------------------------------------------------------
 
@@ -497,7 +493,7 @@ app = Service(
     middleware=[Middleware(Gate)],
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
-    exception_handlers=dict.fromkeys(ERRORS, to_problem),
+    exception_handlers={**dict.fromkeys(KNOWN, to_problem), Exception: to_failure},
 )
 
 # --- Users ----------------------------------------------------------------------------
