@@ -68,7 +68,7 @@ except ValidationError as error:
     for e in error.errors():
         reason = e["msg"].removeprefix("Value error, ")
         logger.critical("%s: %s", str(e["loc"][0]).upper(), reason)
-    sys.exit(3)  # uvicorn's own code for a start that failed: it does not try again
+    sys.exit(3)  # uvicorn's own code for a start that failed: its --workers do not try again
 
 # --- Models ---------------------------------------------------------------------------
 
@@ -175,9 +175,9 @@ def on_postgres(url: sa.URL) -> Engines:
 
     @event.listens_for(autocommit.sync_engine, "handle_error")
     def replace_all(context: Any) -> None:
+        """Connect anew when the server is a standby by now, or does not answer in time."""
         cause = context.original_exception
-        is_standby = getattr(cause, "sqlstate", None) == "25006"
-        if is_standby or isinstance(cause, TimeoutError):  # all lead to the same server
+        if isinstance(cause, TimeoutError) or getattr(cause, "sqlstate", None) == "25006":
             context.is_disconnect = context.invalidate_pool_on_disconnect = True
 
     return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
@@ -202,7 +202,7 @@ def on_sqlite(url: sa.URL) -> Engines:
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        # The driver sends COMMIT and ROLLBACK to what has begun, but no BEGIN in autocommit.
+        # In autocommit the driver sends no BEGIN; the COMMIT or the ROLLBACK after it, it does.
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader could not become a writer later
 
     return engine, autocommit
@@ -426,7 +426,7 @@ class Gate:
         async def send_uncached(message: Message) -> None:
             if "headers" in message:  # the answer begins
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-                if not deadline.expired():  # or it cannot be moved
+                if not deadline.expired():  # it may be an answer to having been cancelled
                     deadline.reschedule(None)  # the rest may take longer
             await send(message)
 
