@@ -185,7 +185,7 @@ def on_postgres(url: sa.URL) -> Engines:
 
 def on_sqlite(url: sa.URL) -> Engines:
     autocommit = create_async_engine(
-        url.set(drivername="sqlite+aiosqlite", query={}),
+        url.set(drivername="sqlite+aiosqlite"),
         connect_args={"timeout": 2},  # seconds, for the lock of another process
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,  # from the log
