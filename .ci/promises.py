@@ -670,9 +670,11 @@ def test_cancelled_transactions(new_database: Callable[[], str]) -> None:
 
 PRAGMA = """
 
-@app.get("/pragma")
-async def pragma(session: SessionDep) -> Any:
-    return await session.all(sa.text("PRAGMA foreign_keys"))
+@app.get("/pragmas")
+async def pragmas(session: SessionDep) -> Any:
+    async with session.begin():
+        names = "foreign_keys", "busy_timeout"
+        return [await session.one(sa.text(f"PRAGMA {name}")) for name in names]
 """
 
 
@@ -682,7 +684,7 @@ def test_default_database(tmp_path: Path) -> None:
         assert client.post("/users", json=ADA).json()["id"] == 1
         [database] = tmp_path.rglob("users.db")
         assert execute(f"sqlite:///{database}", "PRAGMA journal_mode") == [("wal",)]
-        assert client.get("/pragma").json() == [{"foreign_keys": 1}]
+        assert client.get("/pragmas").json() == [{"foreign_keys": 1}, {"timeout": 2000}]
         assert len(service.logged("WARNING: +API_TOKEN is not set")) == 1
     # Closed, with its log written back.
     assert [path.name for path in database.parent.glob("users.db*")] == ["users.db"]
@@ -721,7 +723,7 @@ def test_database_url_of_other_drivers(postgres: str, tmp_path: Path) -> None:
     with start(tmp_path, DATABASE_URL=url.render_as_string(False)) as service:
         with service.client() as client:
             assert client.get("/readyz").status_code == 200
-        assert service.logged(f"DATABASE_URL: left out, .*: {', '.join(options)}\n")
+        assert service.logged(f"WARNING: +DATABASE_URL: left out, .*: {', '.join(options)}\n")
 
 
 TELL = """
