@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import pytest
 from harness import (
     CHEAP,
@@ -168,6 +169,11 @@ def test_database_restarted_while_idle(server: Server, postgres: str, tmp_path: 
         assert not service.logged("ERROR")
 
 
+def files_open(service: Service) -> list[str]:
+    files = psutil.Process(service.process.pid).open_files()
+    return [Path(file.path).name for file in files]
+
+
 def test_pool_exhausted(server: Server, database: str, tmp_path: Path) -> None:
     with (
         start(tmp_path, DATABASE_URL=database, DATABASE_POOL_SIZE="2") as service,
@@ -185,7 +191,9 @@ def test_pool_exhausted(server: Server, database: str, tmp_path: Path) -> None:
             with locked(database):
                 patches = [pool.submit(patch, number) for number in range(40)]
                 while not all(patched.done() for patched in patches):
-                    if not database.startswith("sqlite"):
+                    if database.startswith("sqlite"):
+                        assert files_open(service).count("users.db") == 1
+                    else:
                         assert connections(database) <= 1 + 2  # the lock's own
                 for patched in patches:
                     response = patched.result()

@@ -88,6 +88,11 @@ async def create_one_by_one(users: list[UserCreate], session: SessionDep) -> Any
 async def create_without_a_transaction(users: list[UserCreate], session: SessionDep) -> Any:
     session.add_all([User(**await to_columns(user)) for user in users])
     await session.flush()
+
+
+@app.delete("/everyone")
+async def delete_everyone(session: SessionDep) -> Any:
+    return await session.all(sa.delete(users))
 """
 
 
@@ -316,8 +321,15 @@ def test_second_write_without_a_transaction(client: Client, service: Service) ->
     """It is refused, by an error that says what to do."""
     response = client.post("/one-by-one", json=[ADA, BOB])
     assert is_problem(response, 500, "The service failed.")
-    service.wait_for("A second write: use `async with session.begin\\(\\):`")
+    service.wait_for("ERROR: +A second write: use `async with session.begin\\(\\):`")
     assert [user["email"] for user in client.get("/users").json()] == [ADA["email"]]
+
+
+def test_write_without_returning(client: Client) -> None:
+    """It has no rows, and is kept."""
+    assert client.post("/users", json=ADA).status_code == 201
+    assert client.delete("/everyone").json() == []
+    assert client.get("/users").json() == []
 
 
 def test_objects_without_a_transaction(client: Client, service: Service) -> None:
