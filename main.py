@@ -273,10 +273,10 @@ BUSY = "The service cannot answer at the moment."
 FAILED = "The service failed."
 RETRYABLE = (  # what a retry can cure: SQLSTATEs or their classes, and SQLite's names
     *("08", "3D000", "57"),  # not reachable; not there; starting or stopping
-    *("25006", "28"),  # a standby by now; the password is being changed
+    "28",  # the password is being changed
     *("40", "55P03"),  # another transaction came first
     "53",  # out of connections, disk or memory
-    *("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_LOCKED", "SQLITE_NOMEM"),
+    *("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_LOCKED"),
 )
 
 
