@@ -82,6 +82,11 @@ async def transaction(session: SessionDep) -> Any:
     async with session.begin():
         await session.all(LIST, after=0, limit=1)
         return await session.all(LIST, after=0, limit=1)
+
+
+@app.get("/unfit")
+async def unfit(session: SessionDep) -> Any:
+    return await session.one(SELECT, pk={"s3cret": 1})
 """
 
 
@@ -96,16 +101,17 @@ class Answer:
         """Whether it is a 503 that asks to come again, with one line in the log."""
         assert is_busy(self.response), self.log
         [line] = self.log.splitlines()
-        assert line.startswith(f"ERROR:    {BUSY} ")
-        assert re.search(cause, line), line
+        assert re.match(f"ERROR: +{BUSY} (?:{cause})", line), line
         return not re.search(SECRETS, line)
 
     def is_fault(self, cause: str) -> bool:
         """Whether it is a 500, with a traceback in the log and no data of a row."""
         assert is_problem(self.response, 500, "The service failed."), self.log
         assert "Retry-After" not in self.response.headers
-        assert re.search(cause, self.log.splitlines()[0]), self.log
-        assert self.log.count("Traceback") == 1
+        assert re.match(f"ERROR: +(?:{cause})", self.log), self.log
+        assert self.log.count("Traceback:\n  File") == 1
+        lines = self.log.partition("Traceback:\n")[2].splitlines()
+        assert all(line.startswith("  ") for line in lines if line), self.log
         assert "main.py" in self.log
         return not re.search(SECRETS, self.log)
 
@@ -329,12 +335,12 @@ class Fault:
 
 DROP_AGE = ["ALTER TABLE users DROP age"]
 FAULTS = {
-    "table": Fault([ASIDE], [BACK], LIST, "42P01|no such table"),
+    "table": Fault([ASIDE], [BACK], LIST, "42P01|SQLITE_ERROR no such table"),
     "column": Fault(
         ["ALTER TABLE users RENAME name TO label"],
         ["ALTER TABLE users RENAME label TO name"],
         GET,
-        "42703|no such column",
+        "42703|SQLITE_ERROR no such column",
     ),
     "not null": Fault(
         ["DELETE FROM users", "ALTER TABLE users ADD age integer NOT NULL"],
@@ -429,7 +435,7 @@ FAULTS_OF_SQLITE = {
         ],
         ["DROP TABLE users", BACK],
         POST,
-        "IntegrityError: INSERT INTO users",
+        "unknown IntegrityError: INSERT INTO users",
     ),
     "trigger": Fault(
         [f"{TRIGGER} BEGIN SELECT RAISE(ABORT, 'no {OTHER['name']}'); END"],
@@ -477,9 +483,17 @@ def test_fault_of_an_answer(on_postgres: Subject) -> None:
     assert not on_postgres.service.logged(f"{SECRETS}|Exception in ASGI")
 
 
+def test_fault_of_a_parameter(subject: Subject) -> None:
+    """The driver refuses it, and SQLite has no name for that."""
+    cause = "(22000 DataError|ProgrammingError): SELECT"
+    assert subject.ask(("GET", "/unfit", None)).is_fault(cause)
+
+
 def test_fault_of_a_handler(subject: Subject) -> None:
     """A file that is not there has nothing to do with the database."""
-    assert subject.ask(("GET", "/file", None)).is_fault("No such file .*: '/no such file'")
+    assert subject.ask(("GET", "/file", None)).is_fault(
+        r"\[Errno 2\] No such file .*: '/no such file'"
+    )
 
 
 def test_error_of_a_handler(subject: Subject) -> None:
@@ -554,7 +568,9 @@ def test_ended_by_an_administrator(on_postgres: Subject) -> None:
         wait_until(lambda: waiting(on_postgres.administrator))
         pids = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         execute(on_postgres.administrator, f"{pids} WHERE wait_event_type = 'Lock'")
-        assert answer.result().is_busy("terminating connection due to administrator command")
+        assert answer.result().is_busy(
+            "08003 .*: terminating connection due to administrator command"
+        )
     assert on_postgres.ask(GET).response.status_code == 200
 
 
@@ -730,6 +746,32 @@ def test_disk_full_of_sqlite(small_disk: Path, tmp_path: Path) -> None:
         assert subject.ask(POST).response.status_code == 201
 
 
+def test_locked_in_the_process(tmp_path: Path) -> None:
+    """By a second connection to a cache that both share, for which SQLite does not wait."""
+    more = f"""
+import sqlite3
+shared = "file:{tmp_path}/users.db?cache=shared"
+other = sqlite3.connect(shared, uri=True, isolation_level=None, check_same_thread=False)
+
+@app.post("/lock")
+async def lock() -> None:
+    other.execute("BEGIN EXCLUSIVE")
+
+@app.post("/unlock")
+async def unlock() -> None:
+    other.execute("ROLLBACK")
+"""
+    copy = change_main(tmp_path, CHEAP, more=more)
+    url = f"sqlite:///file:{tmp_path}/users.db?cache=shared&uri=true"
+    with start(tmp_path, copy, DATABASE_URL=url) as service, service.client() as client:
+        assert client.post("/users", json=ROW).status_code == 201
+        client.post("/lock")
+        assert is_busy(client.get("/users"))
+        assert service.logged(f"ERROR: +{BUSY} SQLITE_LOCKED")
+        client.post("/unlock")
+        assert client.get("/users").status_code == 200
+
+
 def test_another_process_writes(on_sqlite: Subject) -> None:
     script = (
         "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]);"
@@ -748,7 +790,7 @@ def test_another_process_writes(on_sqlite: Subject) -> None:
 def test_not_ready(subject: Subject) -> None:
     """A service that cannot read its table is not ready, and says why in one line."""
     with subject.broken([ASIDE], [BACK]):
-        assert subject.ask(READY).is_busy("users")
+        assert subject.ask(READY).is_busy('no such table: users|relation "users" does not exist')
     assert subject.ask(READY).response.status_code == 200
 
 

@@ -541,6 +541,26 @@ asyncio.run(take())
 """
 
 
+def test_one_connection_on_sqlite(tmp_path: Path) -> None:
+    """Who needs another waits for it."""
+    assert printed(WAIT, f"sqlite:///{tmp_path}/users.db") == "it waits\n"
+
+
+WAIT = """
+import asyncio, main
+
+async def connect():
+    async with main.engine.connect():
+        try:
+            await asyncio.wait_for(main.engine.connect().start(), 0.5)
+        except TimeoutError:
+            print("it waits")
+    await main.engine.dispose()
+
+asyncio.run(connect())
+"""
+
+
 def test_frozen_database(wire: Wire, tmp_path: Path) -> None:
     """It holds up neither a request nor the end of the service."""
     settings = {"DATABASE_URL": wire.url, "DATABASE_POOL_SIZE": "2"}
