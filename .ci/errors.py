@@ -477,7 +477,8 @@ def test_fault_of_an_answer(on_postgres: Subject) -> None:
     with on_postgres.broken([breaks], [mends]):
         answer = on_postgres.ask(GET)
     assert is_problem(answer.response, 500, "The service failed.")
-    assert re.search("/users/.* does not fit: .*name", answer.log.splitlines()[0])
+    line = "ERROR: +The answer of /users/.* does not fit: .*name"
+    assert re.match(line, answer.log), answer.log
     assert answer.log.count("Traceback") == 1
     on_postgres.ask(GET)  # after which the log holds all of the first
     assert not on_postgres.service.logged(f"{SECRETS}|Exception in ASGI")

@@ -69,7 +69,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_start_in_any_order(server: Server, postgres: str, tmp_path: Path) -> None:
     server.stop()
     with start(tmp_path, DATABASE_URL=postgres) as service:
-        service.wait_for("DATABASE_URL: waiting for the database: ", 3)
+        service.wait_for("WARNING: +DATABASE_URL: waiting for the database: ", 3)
         server.start()
         with service.client() as client:
             assert client.post("/users", json=ADA).status_code == 201
@@ -98,7 +98,7 @@ def test_start_gives_up(server: Server, postgres: str, tmp_path: Path) -> None:
         for cause, service in services.items():
             assert service.process.wait(60) == 3
             assert time.monotonic() - begun > 29
-            waits = service.logged("DATABASE_URL: waiting for the database: .*")
+            waits = service.logged("WARNING: +DATABASE_URL: waiting for the database: .*")
             assert len(waits) > 5
             assert all(cause in wait for wait in waits)
             assert service.logged("Application startup failed. Exiting.")

@@ -380,6 +380,8 @@ def test_token_comes_first(tmp_path: Path) -> None:
     """Who has none is told so before a body is read or looked at."""
     with start(tmp_path, API_TOKEN="token") as service, service.client() as client:
         assert client.post("/users", content=b"no JSON").status_code == 401
+        schemes = client.get("/openapi.json").json()["components"]["securitySchemes"]
+        assert schemes == {"token": {"type": "http", "scheme": "bearer"}}
         address = service.url.removeprefix("http://")
         with closing(http.client.HTTPConnection(address, timeout=30)) as connection:
             connection.putrequest("POST", "/users")
@@ -867,7 +869,9 @@ def test_start_takes_its_turn(wire: Wire, tmp_path: Path) -> None:
 def test_start_before_the_database(wire: Wire, tmp_path: Path) -> None:
     wire.cut()
     with start(tmp_path, DATABASE_URL=wire.url) as service:
-        service.wait_for("DATABASE_URL: waiting for the database: .*ConnectionRefusedError")
+        service.wait_for(
+            "WARNING: +DATABASE_URL: waiting for the database: .*ConnectionRefusedError"
+        )
         wire.mend()
         with service.client() as client:
             assert client.get("/readyz").status_code == 200
@@ -876,7 +880,7 @@ def test_start_before_the_database(wire: Wire, tmp_path: Path) -> None:
 def test_start_with_a_frozen_database(wire: Wire, tmp_path: Path) -> None:
     wire.flows.clear()
     with start(tmp_path, DATABASE_URL=wire.url) as service:
-        service.wait_for("DATABASE_URL: waiting for the database: TimeoutError")
+        service.wait_for("WARNING: +DATABASE_URL: waiting for the database: TimeoutError")
         wire.flows.set()
         with service.client() as client:
             assert client.get("/readyz").status_code == 200
@@ -884,7 +888,9 @@ def test_start_with_a_frozen_database(wire: Wire, tmp_path: Path) -> None:
 
 def test_start_before_the_folder_of_sqlite(tmp_path: Path) -> None:
     with start(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/folder/users.db") as service:
-        service.wait_for("DATABASE_URL: waiting for the database: .*unable to open database file")
+        service.wait_for(
+            "WARNING: +DATABASE_URL: waiting for the database: .*unable to open database file"
+        )
         (tmp_path / "folder").mkdir()
         with service.client() as client:
             assert client.get("/readyz").status_code == 200
