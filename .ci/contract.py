@@ -100,6 +100,7 @@ def document(service: Service, directory: Path) -> Path:
     assert info["license"] == {"name": "MIT", "identifier": "MIT"}
     assert (info["title"], info["version"]) == ("Users", "1.0.0")
     assert info["description"] == "Creates, reads, updates and deletes users."
+    assert [tag["name"] for tag in content["tags"] if tag["description"]] == ["users", "probes"]
     path = directory / "openapi.json"
     path.write_text(json.dumps(content, indent=2))  # findings name a line
     return path
