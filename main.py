@@ -564,7 +564,7 @@ async def list_users(
     query = LIST if email is None else LIST.where(users.c.email == email)
     rows = await session.all(query, after=after, limit=limit + 1)
     if len(rows) > limit:
-        page = {**request.query_params, "limit": limit, "after": rows[limit - 1]["id"]}
+        page = {**request.query_params, "after": rows[limit - 1]["id"]}
         path = request.url_for("list_users").path
         response.headers["Link"] = f'<{path}?{urlencode(page)}>; rel="next"'
     return rows[:limit]
