@@ -89,6 +89,10 @@ def document(service: Service, directory: Path) -> Path:
     assert (create["security"], livez["security"]) == ([{"token": []}], [])
     assert create["summary"] == "Create User"
     assert livez["description"] == "Report that the process answers."
+    readyz = operations(content)["readyz"]
+    assert [*livez["responses"]] == ["200", "413"]
+    assert [*readyz["responses"]] == ["200", "413", "503"]
+    assert not {"content"} & {*livez["responses"]["200"], *readyz["responses"]["200"]}
     schemas, info = content["components"]["schemas"], content["info"]
     assert schemas["UserCreate"]["examples"] == [ADA]
     assert schemas["UserCreate"]["properties"]["email"]["maxLength"] == 254
