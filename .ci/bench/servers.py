@@ -132,9 +132,11 @@ def compare(
                 for name, spec in specs.items():
                     contenders[name] = Contender(spec, log.stdin.fileno())
                     contenders[name].warm_up(operations.values())
+                first = number % len(specs)  # another in each round
+                turns = [*contenders.items()][first:] + [*contenders.items()][:first]
                 found.append(
                     {
-                        row: {name: c.measure(operation, seconds) for name, c in contenders.items()}
+                        row: {name: c.measure(operation, seconds) for name, c in turns}
                         for row, operation in operations.items()
                     }
                 )
