@@ -568,7 +568,8 @@ def test_ended_by_an_administrator(on_postgres: Subject) -> None:
     with locked(on_postgres.administrator), asking(on_postgres, PATCH) as [answer]:
         wait_until(lambda: waiting(on_postgres.administrator))
         pids = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        execute(on_postgres.administrator, f"{pids} WHERE wait_event_type = 'Lock'")
+        here = "wait_event_type = 'Lock' AND datname = current_database()"
+        execute(on_postgres.administrator, f"{pids} WHERE {here}")
         assert answer.result().is_busy(
             "08003 .*: terminating connection due to administrator command"
         )
