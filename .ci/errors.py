@@ -101,7 +101,7 @@ class Answer:
         """Whether it is a 503 that asks to come again, with one line in the log."""
         assert is_busy(self.response), self.log
         [line] = self.log.splitlines()
-        assert re.match(f"ERROR: +{BUSY} (?:{cause})", line), line
+        assert re.match(f"ERROR:    {BUSY} (?:{cause})", line), line
         return not re.search(SECRETS, line)
 
     def is_fault(self, cause: str) -> bool:
@@ -109,7 +109,7 @@ class Answer:
         assert is_problem(self.response, 500, "The service failed."), self.log
         assert "Retry-After" not in self.response.headers
         assert re.match(f"ERROR: +(?:{cause})", self.log), self.log
-        assert self.log.count("Traceback:\n  File") == 1
+        assert self.log.count("Traceback") == self.log.count("Traceback:\n  File") == 1
         lines = self.log.partition("Traceback:\n")[2].splitlines()
         assert all(line.startswith("  ") for line in lines if line), self.log
         assert "main.py" in self.log
