@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 
 import asyncpg
 import sqlalchemy as sa
+from annotated_types import MaxLen, MinLen
 from argon2 import PasswordHasher
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
@@ -77,10 +78,11 @@ def normalize(email: str) -> str:
     return validate_email(email.lower(), check_deliverability=False).normalized
 
 
+# MaxLen is the length of the column, too.
 NO_NUL = StringConstraints(pattern=r"^[^\x00]*$")  # PostgreSQL cannot store it
-Name = Annotated[str, Field(min_length=1, max_length=100), NO_NUL]
-Email = Annotated[str, Field(max_length=254), AfterValidator(normalize)]
-Password = Annotated[str, Field(min_length=8, max_length=128)]
+Name = Annotated[str, MinLen(1), MaxLen(100), NO_NUL]
+Email = Annotated[str, MaxLen(254), AfterValidator(normalize)]
+Password = Annotated[str, MinLen(8), MaxLen(128)]
 ADA: Any = {"name": "Ada Lovelace", "email": "ada@example.com", "password": "correct horse"}
 
 
