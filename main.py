@@ -127,14 +127,11 @@ async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
     """Give what to write, with a hash for the password."""
     columns = user.model_dump()
     if password := columns.pop("password", None):
-        loop = asyncio.get_running_loop()
-        columns["password_hash"] = await loop.run_in_executor(hashing, hasher.hash, password)
+        columns["password_hash"] = await asyncio.wrap_future(hashing.submit(hasher.hash, password))
     return columns
 
 
 # --- Database -------------------------------------------------------------------------
-
-Engines = tuple[AsyncEngine, AsyncEngine]  # for transactions, and for statements on their own
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]
@@ -144,13 +141,35 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
             await super().close(timeout=0.5)
 
 
-def on_postgres(url: sa.URL) -> Engines:
-    # asyncpg would send these to the server as its settings, and the server refuses them.
+url = sa.make_url(settings.database_url)
+if url.get_backend_name() == "sqlite":
+    autocommit = create_async_engine(
+        url.set(drivername="sqlite+aiosqlite"),
+        connect_args={"timeout": 2},  # seconds, for the lock of another process
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,  # from the log
+        pool_size=1,  # as there is one writer at a time; what else comes in waits for it
+        max_overflow=0,
+    )
+    engine = autocommit.execution_options()  # the same pool, and an event that is not autocommit's
+
+    @event.listens_for(autocommit.sync_engine, "connect")
+    def set_pragmas(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")  # readers in other processes do not wait
+        connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        # In autocommit the driver sends no BEGIN; a COMMIT or ROLLBACK it does send. IMMEDIATE
+        # takes the lock of writers: who asks for it after reading may be refused.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+else:
+    # What begins so is for other drivers: asyncpg would send it to the server, which refuses it.
     foreign = ("channel_binding", "connect", "gssencmode", "keepalives", "pool_timeout")
     if ignored := sorted(name for name in url.query if name.startswith(foreign)):
         logger.warning("DATABASE_URL: left out, of other drivers: %s", ", ".join(ignored))
     dsn = url.set(drivername="postgresql").difference_update_query([*ignored, "pgbouncer"])
-    behind_pgbouncer = url.query.get("pgbouncer") == "true"
     autocommit = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
@@ -158,8 +177,9 @@ def on_postgres(url: sa.URL) -> Engines:
             "connection_class": Connection,
             "timeout": 2.5,  # seconds, to connect
             "command_timeout": 2.5,  # seconds, for a statement
-            # 0: a statement has no name, and is parsed wherever PgBouncer runs it
-            "statement_cache_size": 0 if behind_pgbouncer else 100,
+            # 0: statements are unnamed and parsed at each use, also those that SQLAlchemy caches,
+            # so it does not matter which connection to the server PgBouncer takes.
+            "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
         },
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,  # from the log
@@ -169,6 +189,7 @@ def on_postgres(url: sa.URL) -> Engines:
         pool_recycle=240,  # seconds, before balancers cut what is idle
         pool_use_lifo=True,  # the others stay idle, until they are recycled
     )
+    engine = autocommit.execution_options(isolation_level="READ COMMITTED")  # the same pool
 
     @event.listens_for(autocommit.pool, "checkout")
     def replace_closed(connection: Any, *_: object) -> None:
@@ -177,41 +198,10 @@ def on_postgres(url: sa.URL) -> Engines:
 
     @event.listens_for(autocommit.sync_engine, "handle_error")
     def replace_all(context: Any) -> None:
-        """Connect anew when the server is a standby by now, or does not answer in time."""
+        """Give up the whole pool when a statement timed out, or the server is a standby by now."""
         cause = context.original_exception
         if isinstance(cause, TimeoutError) or getattr(cause, "sqlstate", None) == "25006":
             context.is_disconnect = context.invalidate_pool_on_disconnect = True
-
-    return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
-
-
-def on_sqlite(url: sa.URL) -> Engines:
-    autocommit = create_async_engine(
-        url.set(drivername="sqlite+aiosqlite"),
-        connect_args={"timeout": 2},  # seconds, for the lock of another process
-        isolation_level="AUTOCOMMIT",
-        hide_parameters=True,  # from the log
-        pool_size=1,  # as there is one writer at a time
-        max_overflow=0,
-    )
-
-    @event.listens_for(autocommit.sync_engine, "connect")
-    def set_pragmas(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-        connection.execute("PRAGMA foreign_keys=ON")  # as on PostgreSQL
-
-    engine = autocommit.execution_options()  # on the same pool, with an event of its own
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        # In autocommit the driver sends no BEGIN; the COMMIT or the ROLLBACK after it, it does.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader could not become a writer later
-
-    return engine, autocommit
-
-
-url = sa.make_url(settings.database_url)
-engine, autocommit = on_sqlite(url) if url.get_backend_name() == "sqlite" else on_postgres(url)
 
 
 class Session(AsyncSession):
