@@ -560,19 +560,19 @@ async def use_transactions() -> None:
             else:
                 async with session.begin():
                     session.add(user := main.User(**ada))
-                    await session.one(main.INSERT, **bob)
-                    assert len(await session.all(main.LIST, after=0, limit=9)) == 2
+                    await session.run(main.INSERT, **bob)
+                    assert len((await session.run(main.LIST, after=0, limit=9)).all()) == 2
                     1 / divisor
                 assert user.id  # which the commit does not forget
-        assert len(await session.all(main.LIST, after=0, limit=9)) == 2 * divisor
+        assert len((await session.run(main.LIST, after=0, limit=9)).all()) == 2 * divisor
         async with session.begin():
-            await session.all(sa.delete(main.users))
-    await session.one(main.INSERT, **ada)
+            await session.run(sa.delete(main.users))
+    await session.run(main.INSERT, **ada)
     with pytest.raises(sa.exc.InvalidRequestError):  # the first is kept, whatever happens
-        await session.one(main.INSERT, **bob)
+        await session.run(main.INSERT, **bob)
     with pytest.raises(sa.exc.InvalidRequestError):  # an object is not lost in silence
         session.add(main.User(**bob))
-    assert len(await session.all(main.LIST, after=0, limit=9)) == 1
+    assert len((await session.run(main.LIST, after=0, limit=9)).all()) == 1
 
 
 # --- Settings -------------------------------------------------------------------------

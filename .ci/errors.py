@@ -80,13 +80,13 @@ def teapot() -> None:
 @app.get("/transaction")
 async def transaction(session: SessionDep) -> Any:
     async with session.begin():
-        await session.all(LIST, after=0, limit=1)
-        return await session.all(LIST, after=0, limit=1)
+        await session.run(LIST, after=0, limit=1)
+        return (await session.run(LIST, after=0, limit=1)).scalars().all()
 
 
 @app.get("/unfit")
 async def unfit(session: SessionDep) -> Any:
-    return await session.one(SELECT, pk={"s3cret": 1})
+    return (await session.run(SELECT, pk={"s3cret": 1})).scalars().all()
 """
 
 
