@@ -41,8 +41,9 @@ logger = logging.getLogger("uvicorn.error")  # the server's own
 
 
 def check_database_url(text: str) -> str:
-    with suppress(Exception):  # what it says may hold the password
+    with suppress(Exception):  # SQLAlchemy's text may quote the password
         url = sa.make_url(text)
+        # A schema is for other drivers, too; but to leave it out would be to use other tables.
         match url.get_backend_name():
             case "postgres" | "postgresql" if url.database and "schema" not in url.query:
                 return text
@@ -78,9 +79,8 @@ def normalize(email: str) -> str:
     return validate_email(email.lower(), check_deliverability=False).normalized
 
 
-# MaxLen is the length of the column, too.
 NO_NUL = StringConstraints(pattern=r"^[^\x00]*$")  # PostgreSQL cannot store it
-Name = Annotated[str, MinLen(1), MaxLen(100), NO_NUL]
+Name = Annotated[str, MinLen(1), MaxLen(100), NO_NUL]  # MaxLen is the column's length, too
 Email = Annotated[str, MaxLen(254), AfterValidator(normalize)]
 Password = Annotated[str, MinLen(8), MaxLen(128)]
 ADA: Any = {"name": "Ada Lovelace", "email": "ada@example.com", "password": "correct horse"}
@@ -141,6 +141,7 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
             await super().close(timeout=0.5)
 
 
+# Two engines on one pool: `engine` is for transactions, `autocommit` for statements on their own.
 url = sa.make_url(settings.database_url)
 if url.get_backend_name() == "sqlite":
     autocommit = create_async_engine(
@@ -151,7 +152,7 @@ if url.get_backend_name() == "sqlite":
         pool_size=1,  # as there is one writer at a time; what else comes in waits for it
         max_overflow=0,
     )
-    engine = autocommit.execution_options()  # the same pool, and an event that is not autocommit's
+    engine = autocommit.execution_options()  # a copy: what listens to it is not autocommit's
 
     @event.listens_for(autocommit.sync_engine, "connect")
     def set_pragmas(connection: Any, _: object) -> None:
@@ -165,7 +166,7 @@ if url.get_backend_name() == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 else:
-    # What begins so is for other drivers: asyncpg would send it to the server, which refuses it.
+    # Options of other drivers, as they begin: asyncpg would send them to the server as settings.
     foreign = ("channel_binding", "connect", "gssencmode", "keepalives", "pool_timeout")
     if ignored := sorted(name for name in url.query if name.startswith(foreign)):
         logger.warning("DATABASE_URL: left out, of other drivers: %s", ", ".join(ignored))
@@ -177,8 +178,8 @@ else:
             "connection_class": Connection,
             "timeout": 2.5,  # seconds, to connect
             "command_timeout": 2.5,  # seconds, for a statement
-            # 0: statements are unnamed and parsed at each use, also those that SQLAlchemy caches,
-            # so it does not matter which connection to the server PgBouncer takes.
+            # 0: no statement has a name, and each is parsed where it is used, even those that
+            # SQLAlchemy keeps: so PgBouncer may use any of its connections.
             "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
         },
         isolation_level="AUTOCOMMIT",
@@ -189,7 +190,7 @@ else:
         pool_recycle=240,  # seconds, before balancers cut what is idle
         pool_use_lifo=True,  # the others stay idle, until they are recycled
     )
-    engine = autocommit.execution_options(isolation_level="READ COMMITTED")  # the same pool
+    engine = autocommit.execution_options(isolation_level="READ COMMITTED")
 
     @event.listens_for(autocommit.pool, "checkout")
     def replace_closed(connection: Any, *_: object) -> None:
@@ -209,14 +210,15 @@ class Session(AsyncSession):
 
     A statement on its own is a transaction of its own, in one round trip. Several statements, or
     objects (`session.add`), are one transaction, all or nothing, in `async with session.begin():`.
-    A second write outside of it is an InvalidRequestError; `sa.text` counts as a write.
+    A second write outside of it is an InvalidRequestError; `sa.text` counts as a write. Results
+    are rows, not objects.
     """
 
     def __init__(self, engine: AsyncEngine, autocommit: AsyncEngine) -> None:
         """Take an engine for transactions, and one (or the same) for statements on their own."""
         super().__init__(engine, autobegin=False, expire_on_commit=False)
         self.autocommit = autocommit.sync_engine
-        self.has_written = False  # outside of a transaction, in this session: of one request
+        self.has_written = False  # outside of a transaction, in this session (of one request)
 
     async def run(self, statement: sa.Executable, /, **parameters: Any) -> sa.CursorResult[Any]:
         """Run a statement and give its result: the drivers have fetched all rows by then."""
@@ -278,7 +280,7 @@ class Problem(BaseModel):
 def problem(status: int, detail: str, headers: Any = None, errors: Any = MISSING) -> Response:
     title = HTTPStatus(status).phrase
     content = Problem(title=title, status=status, detail=detail, errors=errors).model_dump_json()
-    headers = {"Cache-Control": "no-store", **(headers or {})}
+    headers = {"Cache-Control": "no-store", **(headers or {})}  # not all pass the Gate
     return Response(content, status, headers, "application/problem+json")
 
 
@@ -295,15 +297,16 @@ def busy(cause: object) -> Response:
 def taken(cause: Any) -> list[str]:
     """Name the columns of the unique constraint that refused a row, as far as it is on columns."""
     if hasattr(cause, "sqlstate"):  # Key (a, b)=(1, 2) already exists.
-        names = (cause.detail or "").partition("(")[2].partition(")=(")[0].split(", ")
+        key = (cause.detail or "").partition("(")[2].partition(")=(")[0]
+        names = key.replace('"', "").split(", ")
     else:  # UNIQUE constraint failed: table.a, table.b
         names = [name.partition(".")[2] for name in str(cause).partition(": ")[2].split(", ")]
-    return [name.strip('"') for name in names if name.strip('"').isidentifier()]
+    return [name for name in names if name.isidentifier()]
 
 
 def failed(error: Exception, said: str) -> Response:
     """Log what is said, and where the service failed; not the error, which may quote a row."""
-    logger.error("%s\nTraceback:\n%s", said, "".join(format_tb(error.__traceback__)))
+    logger.error("%s %s\nTraceback:\n%s", FAILED, said, "".join(format_tb(error.__traceback__)))
     return problem(500, FAILED)
 
 
@@ -311,63 +314,58 @@ def database_problem(error: exc.DBAPIError) -> Response:
     """Tell a value that is taken from what a retry can cure, and both from a fault of ours."""
     cause: Any = error.driver_exception
     code: str = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None) or ""
-    if code in UNIQUE and (columns := taken(cause)) != ["id"]:  # which the service gives
-        entry = {"msg": "Value is taken", "type": "taken"}
-        errors = [{"loc": ["body", column], **entry} for column in columns]
+    if code in UNIQUE and (columns := taken(cause)) != ["id"]:  # which no client gives
+        errors = [{"loc": ["body", c], "msg": "Value is taken", "type": "taken"} for c in columns]
         detail = f"The {' with this '.join(columns) or 'value'} is taken."
         return problem(409, detail, errors=errors or MISSING)
     said = str(cause).partition("\n")[0]
     if error.connection_invalidated or code.startswith(RETRYABLE):
         return busy(f"{code} {said}")
-    if not code.startswith(("42", "SQLITE_ERROR")):  # about the statement: others quote the row
+    if not code.startswith(("42", "SQLITE_ERROR")):  # other texts may quote a row
         said = type(cause).__name__
     return failed(error, f"{code} {said}: {error.statement}")
 
 
-def methods(request: Request) -> list[str]:
-    """Name the methods of a path (RFC 9110, 10.2.1); Starlette names those of one route."""
-    known = ["OPTIONS"]
-    for method in "DELETE", "GET", "PATCH", "POST", "PUT":
-        scope = {**request.scope, "method": method}
-        # One of the routes is a whole router, which has no `methods`.
-        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
-            known += ["GET", "HEAD"] if method == "GET" else [method]
-    return known
-
-
-async def to_problem(request: Request, error: Exception) -> Response:
-    """Turn the errors that are known into problems."""
+async def to_problem(_: object, error: Exception) -> Response:
+    """Turn an error that is known into a problem, and raise any other again."""
     match error:
-        case HTTPException(status_code=405):
-            headers = {"Allow": ", ".join(methods(request))}
-            if request.method == "OPTIONS":
-                return Response(status_code=204, headers=headers)
-            return problem(405, str(error.detail), headers)
+        case HTTPException(status_code=204 | 304):  # which never have a body
+            return Response(status_code=error.status_code, headers=error.headers)
         case HTTPException():
             return problem(error.status_code, str(error.detail), error.headers)
         case RequestValidationError():
             return problem(422, "The request is not valid.", errors=error.errors()[:100])
         case ResponseValidationError():
             place = error.errors()[0]["loc"]
-            return failed(error, f"The answer of {request.url.path} does not fit: {place}")
+            return failed(error, f"The answer of {error.endpoint_path} does not fit: {place}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        case exc.NotSupportedError() | exc.TimeoutError():  # as in Session.all; of the pool
-            return busy(repr(error))
-        case OSError(filename=None):  # a socket's, not a file's; TimeoutError is one
+        # Stale twice; no connection free; the deadline, or a socket, where a file has a name.
+        case exc.NotSupportedError() | exc.TimeoutError() | OSError(filename=None):
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
-        case _:  # SQLAlchemy's own, or a file's
-            return failed(error, str(error))  # which quotes no row
+    raise error
 
 
-async def to_failure(request: Request, error: Exception) -> Response:
+async def to_failure(_: object, error: Exception) -> Response:
     """Answer what Starlette then raises again: the server logs it and closes the connection."""
     return problem(500, FAILED, {"Connection": "close"})
 
 
-KNOWN = HTTPException, RequestValidationError, ResponseValidationError, exc.SQLAlchemyError, OSError
+async def allow(request: Request, error: Any) -> Response:
+    """Answer OPTIONS and 405 with all methods of a path; Starlette knows those of one route."""
+    known = ["OPTIONS"]
+    for method in "DELETE", "GET", "PATCH", "POST", "PUT":
+        scope = {**request.scope, "method": method}
+        # FastAPI keeps an included router as one route, without `methods`: so ask for matches.
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            known += ["GET", "HEAD"] if method == "GET" else [method]
+    headers = {"Allow": ", ".join(known)}  # RFC 9110, 10.2.1
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    return problem(405, str(error.detail), headers)
+
 
 # --- Application ----------------------------------------------------------------------
 
@@ -376,46 +374,53 @@ MAX_BODY = 65536  # bytes
 OPEN = {"/livez", "/readyz", "/docs", "/redoc", "/openapi.json"}  # all else needs the token
 
 
-def refusal(scope: Scope) -> Response | None:
-    """Give the answer to a request that is not to be read."""
+def check(scope: Scope) -> None:
+    """Refuse what is not to be read."""
     headers = Headers(scope=scope)
     path = scope["path"].removeprefix(scope.get("root_path", ""))  # a proxy's prefix
     if settings.api_token and path not in OPEN:
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
         if scheme.lower() != "bearer" or not is_known:
-            return problem(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
-    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # or Starlette says it in plain text
-        return problem(413, "The body is too large.", {"Connection": "close"})
-    return None
+            raise HTTPException(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
+    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # or the middleware says so in plain text
+        raise HTTPException(413, "The body is too large.", {"Connection": "close"})
 
 
 class Gate:
-    """A middleware that refuses what is not to be read, and lets no cache keep an answer."""
+    """A middleware: what comes in is checked, what goes out is in time, and kept by no cache."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = RequestBodyLimitMiddleware(app, max_body_size=MAX_BODY)
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer within the deadline."""
+        """Let a request through, and turn errors into problems."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         deadline = asyncio.timeout(DEADLINE)
+        has_begun = False
 
         async def send_uncached(message: Message) -> None:
-            if "headers" in message:  # the answer begins
+            nonlocal has_begun
+            if not (has_begun or deadline.expired()):  # when it is, there is no rescheduling
+                deadline.reschedule(None)  # the rest may take longer
+            has_begun = True
+            if "headers" in message:
                 MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-                if not deadline.expired():  # it may be an answer to having been cancelled
-                    deadline.reschedule(None)  # the rest may take longer
             await send(message)
 
         if scope.get("method") == "HEAD":
-            scope = {**scope, "method": "GET"}  # a copy: by its own the server leaves the body out
+            scope = {**scope, "method": "GET"}  # the server keeps its own, and leaves the body out
         try:
             async with deadline:
-                await (refusal(scope) or self.app)(scope, receive, send_uncached)
-        except TimeoutError:
-            await busy(f"{DEADLINE} s have passed.")(scope, receive, send)
+                check(scope)
+                await self.app(scope, receive, send_uncached)
+        except Exception as error:
+            if has_begun:
+                raise
+            cause = TimeoutError(f"{DEADLINE} s have passed") if deadline.expired() else error
+            response = await to_problem(scope, cause)
+            await response(scope, receive, send)
 
 
 class Service(FastAPI):
@@ -437,7 +442,7 @@ async def create_tables() -> None:
     """Create the tables that are missing, one worker at a time."""
     async with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
-            key = sa.func.hashtext(User.__tablename__)  # of this service, whatever its version
+            key = sa.func.hashtext(User.__tablename__)  # the same in each version of the service
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
         await connection.run_sync(SQLModel.metadata.create_all)
 
@@ -469,17 +474,22 @@ app = Service(
         {"name": "probes", "description": "For what watches the service."},
     ],
     lifespan=lifespan,
-    middleware=[Middleware(Gate)],
+    middleware=[Middleware(Gate), Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)],
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
-    exception_handlers={**dict.fromkeys(KNOWN, to_problem), Exception: to_failure},
+    exception_handlers={  # FastAPI's own would answer before the Gate
+        405: allow,
+        HTTPException: to_problem,
+        RequestValidationError: to_problem,
+        Exception: to_failure,
+    },
 )
 
 # --- Users ----------------------------------------------------------------------------
 
 # Built once: to build a statement takes longer than to run it.
 users = SQLModel.metadata.tables["users"]
-public = [users.c[name] for name in UserPublic.model_fields]
+public = [users.c[name] for name in UserPublic.model_fields]  # each field is a column
 # No column may be named like these: UPDATE would set it to the parameter. They are BigIntegers, so
 # that an id which is too large for the column is a 404, and no error.
 PK, AFTER, LIMIT = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
@@ -566,5 +576,5 @@ async def readyz(session: SessionDep) -> Any:
     """Report that the database answers, and that the table can be read."""
     try:
         await session.run(LIST, after=0, limit=1)
-    except exc.DBAPIError as error:
-        return busy(error.driver_exception)
+    except exc.DBAPIError as error:  # a missing table, too, which elsewhere is a 500
+        return busy(error.orig)

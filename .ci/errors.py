@@ -39,6 +39,7 @@ from sqlalchemy import make_url
 
 from test_main import (
     BUSY,
+    FAILED,
     Service,
     app_on,
     execute,
@@ -77,6 +78,11 @@ def teapot() -> None:
     raise HTTPException(418, {"is": "short"}, {"X-Spout": "1"})
 
 
+@app.get("/unchanged")
+def unchanged() -> None:
+    raise HTTPException(304, headers={"ETag": '"1"'})
+
+
 @app.get("/transaction")
 async def transaction(session: SessionDep) -> Any:
     async with session.begin():
@@ -106,9 +112,9 @@ class Answer:
 
     def is_fault(self, cause: str) -> bool:
         """Whether it is a 500, with a traceback in the log and no data of a row."""
-        assert is_problem(self.response, 500, "The service failed."), self.log
+        assert is_problem(self.response, 500, FAILED), self.log
         assert "Retry-After" not in self.response.headers
-        assert re.match(f"ERROR: +(?:{cause})", self.log), self.log
+        assert re.match(f"ERROR: +{FAILED} (?:{cause})", self.log), self.log
         assert self.log.count("Traceback") == self.log.count("Traceback:\n  File") == 1
         lines = self.log.partition("Traceback:\n")[2].splitlines()
         assert all(line.startswith("  ") for line in lines if line), self.log
@@ -476,8 +482,8 @@ def test_fault_of_an_answer(on_postgres: Subject) -> None:
     with_one_user(on_postgres)
     with on_postgres.broken([breaks], [mends]):
         answer = on_postgres.ask(GET)
-    assert is_problem(answer.response, 500, "The service failed.")
-    line = "ERROR: +The answer of /users/.* does not fit: .*name"
+    assert is_problem(answer.response, 500, FAILED)
+    line = f"ERROR: +{FAILED} The answer of GET /users/.* does not fit: .*name"
     assert re.match(line, answer.log), answer.log
     assert answer.log.count("Traceback") == 1
     on_postgres.ask(GET)  # after which the log holds all of the first
@@ -486,15 +492,16 @@ def test_fault_of_an_answer(on_postgres: Subject) -> None:
 
 def test_fault_of_a_parameter(subject: Subject) -> None:
     """The driver refuses it, and SQLite has no name for that."""
-    cause = "(22000 DataError|ProgrammingError): SELECT"
+    cause = "(22000 DataError| ProgrammingError): SELECT"
     assert subject.ask(("GET", "/unfit", None)).is_fault(cause)
 
 
 def test_fault_of_a_handler(subject: Subject) -> None:
     """A file that is not there has nothing to do with the database."""
-    assert subject.ask(("GET", "/file", None)).is_fault(
-        r"\[Errno 2\] No such file .*: '/no such file'"
-    )
+    answer = subject.ask(("GET", "/file", None))
+    assert is_problem(answer.response, 500, FAILED), answer.log
+    subject.ask(GET)  # after which the log holds all of the first
+    assert subject.service.logged("FileNotFoundError: .* No such file .*: '/no such file'")
 
 
 def test_error_of_a_handler(subject: Subject) -> None:
@@ -502,6 +509,13 @@ def test_error_of_a_handler(subject: Subject) -> None:
     response = subject.ask(("GET", "/teapot", None)).response
     assert is_problem(response, 418, "{'is': 'short'}")
     assert response.headers["X-Spout"] == "1"
+
+
+def test_error_without_a_body(subject: Subject) -> None:
+    """RFC 9110, 15.4.5."""
+    response = subject.ask(("GET", "/unchanged", None)).response
+    assert (response.status_code, response.content) == (304, b"")
+    assert response.headers["ETag"] == '"1"'
 
 
 # --- 503: what a retry can cure -------------------------------------------------------
