@@ -43,7 +43,7 @@ logger = logging.getLogger("uvicorn.error")  # the server's own
 def check_database_url(text: str) -> str:
     with suppress(Exception):  # SQLAlchemy's text may quote the password
         url = sa.make_url(text)
-        # A schema is for other drivers, too; but to leave it out would be to use other tables.
+        # A schema is Prisma's, and unknown to asyncpg; to leave it out would be other tables.
         match url.get_backend_name():
             case "postgres" | "postgresql" if url.database and "schema" not in url.query:
                 return text
@@ -136,7 +136,7 @@ async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]
     async def close(self, **_: object) -> None:
-        """Wait 0.5 s for the goodbye, not 2 s as SQLAlchemy says: the server may be frozen."""
+        """Abort after 0.5 s without a goodbye, not SQLAlchemy's 2 s: the server may be frozen."""
         with suppress(TimeoutError):
             await super().close(timeout=0.5)
 
@@ -152,7 +152,7 @@ if url.get_backend_name() == "sqlite":
         pool_size=1,  # as there is one writer at a time; what else comes in waits for it
         max_overflow=0,
     )
-    engine = autocommit.execution_options()  # a copy: what listens to it is not autocommit's
+    engine = autocommit.execution_options()  # a copy, and its events do not reach autocommit
 
     @event.listens_for(autocommit.sync_engine, "connect")
     def set_pragmas(connection: Any, _: object) -> None:
@@ -161,12 +161,12 @@ if url.get_backend_name() == "sqlite":
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        # In autocommit the driver sends no BEGIN; a COMMIT or ROLLBACK it does send. IMMEDIATE
-        # takes the lock of writers: who asks for it after reading may be refused.
+        # The driver sends COMMIT and ROLLBACK here, but no BEGIN. IMMEDIATE takes the lock of
+        # writers at once: a transaction that has read before may be refused it.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 else:
-    # Options of other drivers, as they begin: asyncpg would send them to the server as settings.
+    # Prefixes of other drivers' options: asyncpg would send them to the server as settings.
     foreign = ("channel_binding", "connect", "gssencmode", "keepalives", "pool_timeout")
     if ignored := sorted(name for name in url.query if name.startswith(foreign)):
         logger.warning("DATABASE_URL: left out, of other drivers: %s", ", ".join(ignored))
@@ -178,8 +178,8 @@ else:
             "connection_class": Connection,
             "timeout": 2.5,  # seconds, to connect
             "command_timeout": 2.5,  # seconds, for a statement
-            # 0: no statement has a name, and each is parsed where it is used, even those that
-            # SQLAlchemy keeps: so PgBouncer may use any of its connections.
+            # 0: statements are unnamed, and parsed again at each use (those in SQLAlchemy's cache,
+            # too), so PgBouncer may switch connections between them.
             "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
         },
         isolation_level="AUTOCOMMIT",
@@ -199,7 +199,7 @@ else:
 
     @event.listens_for(autocommit.sync_engine, "handle_error")
     def replace_all(context: Any) -> None:
-        """Give up the whole pool when a statement timed out, or the server is a standby by now."""
+        """Give up all connections, not one, when their server hangs, or is a standby by now."""
         cause = context.original_exception
         if isinstance(cause, TimeoutError) or getattr(cause, "sqlstate", None) == "25006":
             context.is_disconnect = context.invalidate_pool_on_disconnect = True
@@ -221,7 +221,7 @@ class Session(AsyncSession):
         self.has_written = False  # outside of a transaction, in this session (of one request)
 
     async def run(self, statement: sa.Executable, /, **parameters: Any) -> sa.CursorResult[Any]:
-        """Run a statement and give its result: the drivers have fetched all rows by then."""
+        """Run a statement and give its result, which needs no connection: all rows are fetched."""
         if self.in_transaction():
             await self.flush()
             connection = await self.connection()
@@ -235,7 +235,7 @@ class Session(AsyncSession):
 
         try:  # all of it in one step: to await each of them takes a fifth more
             result = await self.run_sync(run_alone)
-        except exc.NotSupportedError:  # asyncpg's plan was stale by an ALTER TABLE: nothing has run
+        except exc.NotSupportedError:  # ALTER TABLE made asyncpg's plan stale: it has not run
             result = await self.run_sync(run_alone)
         self.has_written |= not statement.is_select
         return result
@@ -280,7 +280,7 @@ class Problem(BaseModel):
 def problem(status: int, detail: str, headers: Any = None, errors: Any = MISSING) -> Response:
     title = HTTPStatus(status).phrase
     content = Problem(title=title, status=status, detail=detail, errors=errors).model_dump_json()
-    headers = {"Cache-Control": "no-store", **(headers or {})}  # not all pass the Gate
+    headers = {"Cache-Control": "no-store", **(headers or {})}  # some pass the Gate by
     return Response(content, status, headers, "application/problem+json")
 
 
@@ -314,7 +314,7 @@ def database_problem(error: exc.DBAPIError) -> Response:
     """Tell a value that is taken from what a retry can cure, and both from a fault of ours."""
     cause: Any = error.driver_exception
     code: str = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None) or ""
-    if code in UNIQUE and (columns := taken(cause)) != ["id"]:  # which no client gives
+    if code in UNIQUE and (columns := taken(cause)) != ["id"]:  # or its sequence lags: a fault
         errors = [{"loc": ["body", c], "msg": "Value is taken", "type": "taken"} for c in columns]
         detail = f"The {' with this '.join(columns) or 'value'} is taken."
         return problem(409, detail, errors=errors or MISSING)
@@ -340,7 +340,7 @@ async def to_problem(_: object, error: Exception) -> Response:
             return failed(error, f"The answer of {error.endpoint_path} does not fit: {place}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        # Stale twice; no connection free; the deadline, or a socket, where a file has a name.
+        # Stale twice; no connection free; the deadline, or a socket: a file's error has its name.
         case exc.NotSupportedError() | exc.TimeoutError() | OSError(filename=None):
             return busy(repr(error))
         case exc.DBAPIError():
@@ -383,7 +383,8 @@ def check(scope: Scope) -> None:
         is_known = compare_digest(token.strip().encode(), settings.api_token.encode())
         if scheme.lower() != "bearer" or not is_known:
             raise HTTPException(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
-    if int(headers.get("Content-Length", 0)) > MAX_BODY:  # or the middleware says so in plain text
+    if int(headers.get("Content-Length", 0)) > MAX_BODY:
+        # The middleware would say so in plain text; a body without a length is left to it.
         raise HTTPException(413, "The body is too large.", {"Connection": "close"})
 
 
@@ -402,7 +403,7 @@ class Gate:
 
         async def send_uncached(message: Message) -> None:
             nonlocal has_begun
-            if not (has_begun or deadline.expired()):  # when it is, there is no rescheduling
+            if not (has_begun or deadline.expired()):  # an expired one cannot be rescheduled
                 deadline.reschedule(None)  # the rest may take longer
             has_begun = True
             if "headers" in message:
@@ -442,7 +443,7 @@ async def create_tables() -> None:
     """Create the tables that are missing, one worker at a time."""
     async with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
-            key = sa.func.hashtext(User.__tablename__)  # the same in each version of the service
+            key = sa.func.hashtext(User.__tablename__)  # one that old and new workers share
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
         await connection.run_sync(SQLModel.metadata.create_all)
 
@@ -477,7 +478,7 @@ app = Service(
     middleware=[Middleware(Gate), Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)],
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
-    exception_handlers={  # FastAPI's own would answer before the Gate
+    exception_handlers={  # in place of FastAPI's; all other errors rise to the Gate
         405: allow,
         HTTPException: to_problem,
         RequestValidationError: to_problem,
@@ -490,8 +491,8 @@ app = Service(
 # Built once: to build a statement takes longer than to run it.
 users = SQLModel.metadata.tables["users"]
 public = [users.c[name] for name in UserPublic.model_fields]  # each field is a column
-# No column may be named like these: UPDATE would set it to the parameter. They are BigIntegers, so
-# that an id which is too large for the column is a 404, and no error.
+# No column may be named `pk`: UPDATE keeps the names of columns for its SET. They are BigIntegers,
+# so that an id which is too large for the column is a 404, and no error.
 PK, AFTER, LIMIT = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
 INSERT = sa.insert(users).returning(*public)
 SELECT = sa.select(*public).where(users.c.id == PK)
