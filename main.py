@@ -43,7 +43,7 @@ logger = logging.getLogger("uvicorn.error")  # the server's own
 def check_database_url(text: str) -> str:
     with suppress(Exception):  # SQLAlchemy's text may quote the password
         url = sa.make_url(text)
-        # A schema is Prisma's, and unknown to asyncpg; to leave it out would be other tables.
+        # `schema` is Prisma's, and unknown to asyncpg: without it other tables would be used.
         match url.get_backend_name():
             case "postgres" | "postgresql" if url.database and "schema" not in url.query:
                 return text
@@ -152,7 +152,8 @@ if url.get_backend_name() == "sqlite":
         pool_size=1,  # as there is one writer at a time; what else comes in waits for it
         max_overflow=0,
     )
-    engine = autocommit.execution_options()  # a copy, and its events do not reach autocommit
+    # A copy, in AUTOCOMMIT as well, whose events do not reach `autocommit`: `begin` makes it safe.
+    engine = autocommit.execution_options()
 
     @event.listens_for(autocommit.sync_engine, "connect")
     def set_pragmas(connection: Any, _: object) -> None:
@@ -178,8 +179,8 @@ else:
             "connection_class": Connection,
             "timeout": 2.5,  # seconds, to connect
             "command_timeout": 2.5,  # seconds, for a statement
-            # 0: statements are unnamed, and parsed again at each use (those in SQLAlchemy's cache,
-            # too), so PgBouncer may switch connections between them.
+            # 0: asyncpg's prepare, which SQLAlchemy calls, gives no name, and a statement is parsed
+            # at each use: PgBouncer may switch connections between them.
             "statement_cache_size": 0 if url.query.get("pgbouncer") == "true" else 100,
         },
         isolation_level="AUTOCOMMIT",
@@ -199,7 +200,8 @@ else:
 
     @event.listens_for(autocommit.sync_engine, "handle_error")
     def replace_all(context: Any) -> None:
-        """Give up all connections, not one, when their server hangs, or is a standby by now."""
+        """Give up all connections when one timed out, or its server is a standby by now."""
+        # A server that is frozen cannot be told from one where a lock took long.
         cause = context.original_exception
         if isinstance(cause, TimeoutError) or getattr(cause, "sqlstate", None) == "25006":
             context.is_disconnect = context.invalidate_pool_on_disconnect = True
@@ -221,7 +223,7 @@ class Session(AsyncSession):
         self.has_written = False  # outside of a transaction, in this session (of one request)
 
     async def run(self, statement: sa.Executable, /, **parameters: Any) -> sa.CursorResult[Any]:
-        """Run a statement and give its result, which needs no connection: all rows are fetched."""
+        """Run a statement and give its result, of which SQLAlchemy's drivers have fetched all."""
         if self.in_transaction():
             await self.flush()
             connection = await self.connection()
@@ -340,8 +342,11 @@ async def to_problem(_: object, error: Exception) -> Response:
             return failed(error, f"The answer of {error.endpoint_path} does not fit: {place}")
         case exc.NoResultFound():
             return problem(404, "There is nothing of this id.")
-        # Stale twice; no connection free; the deadline, or a socket: a file's error has its name.
-        case exc.NotSupportedError() | exc.TimeoutError() | OSError(filename=None):
+        case (
+            exc.NotSupportedError()  # the plan was stale twice
+            | exc.TimeoutError()  # no connection was free
+            | OSError(filename=None)  # the deadline, or a socket: a file's error has its name
+        ):
             return busy(repr(error))
         case exc.DBAPIError():
             return database_problem(error)
@@ -384,7 +389,7 @@ def check(scope: Scope) -> None:
         if scheme.lower() != "bearer" or not is_known:
             raise HTTPException(401, "The token is not valid.", {"WWW-Authenticate": "Bearer"})
     if int(headers.get("Content-Length", 0)) > MAX_BODY:
-        # The middleware would say so in plain text; a body without a length is left to it.
+        # The middleware would say so in plain text; for a body without a length it raises a 413.
         raise HTTPException(413, "The body is too large.", {"Connection": "close"})
 
 
@@ -491,7 +496,7 @@ app = Service(
 # Built once: to build a statement takes longer than to run it.
 users = SQLModel.metadata.tables["users"]
 public = [users.c[name] for name in UserPublic.model_fields]  # each field is a column
-# No column may be named `pk`: UPDATE keeps the names of columns for its SET. They are BigIntegers,
+# No column may be named `pk`: UPDATE keeps the names of columns for its SET. These are BigIntegers,
 # so that an id which is too large for the column is a 404, and no error.
 PK, AFTER, LIMIT = (sa.bindparam(name, type_=sa.BigInteger) for name in ("pk", "after", "limit"))
 INSERT = sa.insert(users).returning(*public)
