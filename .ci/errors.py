@@ -78,9 +78,9 @@ def teapot() -> None:
     raise HTTPException(418, {"is": "short"}, {"X-Spout": "1"})
 
 
-@app.get("/unchanged")
-def unchanged() -> None:
-    raise HTTPException(304, headers={"ETag": '"1"'})
+@app.get("/without-a-body")
+def without_a_body(status: int) -> None:
+    raise HTTPException(status, headers={"ETag": '"1"'})
 
 
 @app.get("/transaction")
@@ -511,10 +511,12 @@ def test_error_of_a_handler(subject: Subject) -> None:
     assert response.headers["X-Spout"] == "1"
 
 
-def test_error_without_a_body(subject: Subject) -> None:
-    """RFC 9110, 15.4.5."""
-    response = subject.ask(("GET", "/unchanged", None)).response
-    assert (response.status_code, response.content) == (304, b"")
+@pytest.mark.parametrize("status", [204, 304])
+def test_error_without_a_body(subject: Subject, status: int) -> None:
+    """RFC 9110, 15.3.5 and 15.4.5."""
+    response = subject.ask(("GET", f"/without-a-body?status={status}", None)).response
+    assert (response.status_code, response.content) == (status, b"")
+    assert "Content-Type" not in response.headers
     assert response.headers["ETag"] == '"1"'
 
 

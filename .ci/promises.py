@@ -37,7 +37,7 @@ from harness import (
     waiting,
     wire,
 )
-from httpx2 import Client, ConnectError, get
+from httpx2 import Client, ConnectError, RemoteProtocolError, get
 from sqlalchemy import make_url
 
 from test_main import (
@@ -690,6 +690,21 @@ async def late() -> Response:
     except asyncio.CancelledError:
         pass
     return Response("late")
+
+
+@app.get("/never")
+async def never() -> None:
+    await asyncio.sleep(5)
+
+
+@app.get("/broken")
+async def broken() -> Response:
+    async def parts():
+        yield b"a"
+        raise ConnectionError("in the middle")
+
+    from fastapi.responses import StreamingResponse
+    return StreamingResponse(parts())
 """
 
 
@@ -700,6 +715,12 @@ def test_long_answer(tmp_path: Path) -> None:
         assert client.get("/stream").text == "ab"
         assert client.get("/late").text == "late"  # as it does not heed it
         assert not service.logged("ERROR|Traceback")
+        assert is_busy(client.get("/never"))
+        service.wait_for(f"ERROR: +{BUSY} TimeoutError..1 s have passed")
+        with pytest.raises(RemoteProtocolError):  # what has begun cannot become a problem
+            client.get("/broken")
+        service.wait_for("ConnectionError: in the middle")
+        assert not service.logged("RuntimeError")
 
 
 def test_cancelled_transactions(new_database: Callable[[], str]) -> None:
