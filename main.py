@@ -127,7 +127,8 @@ async def to_columns(user: UserCreate | UserUpdate) -> dict[str, Any]:
     """Give what to write, with a hash for the password."""
     columns = user.model_dump()
     if password := columns.pop("password", None):
-        columns["password_hash"] = await asyncio.wrap_future(hashing.submit(hasher.hash, password))
+        loop = asyncio.get_running_loop()
+        columns["password_hash"] = await loop.run_in_executor(hashing, hasher.hash, password)
     return columns
 
 
