@@ -322,6 +322,7 @@ def test_second_write_without_a_transaction(client: Client, service: Service) ->
     """It is refused, by an error that says what to do."""
     response = client.post("/one-by-one", json=[ADA, BOB])
     assert is_problem(response, 500, FAILED)
+    service.wait_for("ERROR: +Exception in ASGI application\n")
     service.wait_for("InvalidRequestError: A second write: use `async with session.begin\\(\\):`")
     assert [user["email"] for user in client.get("/users").json()] == [ADA["email"]]
 
@@ -337,7 +338,8 @@ def test_objects_without_a_transaction(client: Client, service: Service) -> None
     """A handler that forgets it is told so, and keeps no connection: there is one."""
     for times in range(1, 4):
         assert client.post("/forgetful", json=[ADA]).status_code == 500
-        service.wait_for("InvalidRequestError: Autobegin is disabled on this Session", times)
+        said = "InvalidRequestError: Autobegin is disabled on this Session"
+        assert len(service.wait_for(said, times)) == times
         assert client.get("/users").json() == []
 
 
@@ -671,6 +673,8 @@ asyncio.run(cancel_at_each_step())
 
 
 STREAM = """
+from fastapi.responses import StreamingResponse
+
 
 @app.get("/stream")
 async def stream() -> Response:
@@ -679,7 +683,6 @@ async def stream() -> Response:
         await asyncio.sleep(2)
         yield b"b"
 
-    from fastapi.responses import StreamingResponse
     return StreamingResponse(parts())
 
 
@@ -703,7 +706,6 @@ async def broken() -> Response:
         yield b"a"
         raise ConnectionError("in the middle")
 
-    from fastapi.responses import StreamingResponse
     return StreamingResponse(parts())
 """
 
