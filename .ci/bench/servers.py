@@ -133,7 +133,8 @@ def compare(
                     contenders[name] = Contender(spec, log.stdin.fileno())
                     contenders[name].warm_up(operations.values())
                 first = number % len(specs)  # another in each round
-                turns = [*contenders.items()][first:] + [*contenders.items()][:first]
+                turns = [*contenders.items()]
+                turns = turns[first:] + turns[:first]
                 found.append(
                     {
                         row: {name: c.measure(operation, seconds) for name, c in turns}
